@@ -1,0 +1,226 @@
+"""Strict configuration: TOML in, one frozen tree of sections out. Knows nothing of what the sections mean."""
+
+import difflib
+import json
+import tomllib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+
+class Refusal(ValueError):
+    """Something the user can mend; entry points print the message alone and exit with status 2."""
+
+
+class Section(BaseModel):
+    """A table of the configuration: frozen, every key known, every value of its type."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
+    )
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+Table = dict[str, Any]
+
+
+def load(path: Path | str, overrides: Sequence[str], root: type[AnySection]) -> AnySection:
+    """Read a TOML file, merge what it extends, apply `section.key=value` overrides and check every key.
+
+    Raises Refusal naming the key, its value and the nearest valid key, before anything has started.
+    """
+    table = read_table(Path(path))
+    for override in overrides:
+        apply_override(table, override)
+    return validate(table, root, str(path))
+
+
+def validate(table: Mapping[str, Any], root: type[AnySection], where: str) -> AnySection:
+    """Turn a plain table into `root`, or refuse with one line for each thing that is wrong."""
+    try:
+        # Through JSON: strict mode then takes arrays for tuples, as TOML has no other way to write one.
+        return root.model_validate_json(json.dumps(table))
+    except ValidationError as error:
+        lines = [describe(problem, root) for problem in error.errors()]
+        raise Refusal("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def read_table(path: Path, below: tuple[Path, ...] = ()) -> Table:
+    """Read one TOML file and the parent it `extends`; keys of the child win, tables are merged, arrays replaced."""
+    path = path.resolve()
+    if path in below:
+        raise Refusal(f"{path}: extends itself through {' -> '.join(p.name for p in (*below, path))}; break the circle")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Refusal(f"{path}: no such configuration file{_nearest_file(path)}") from None
+    except IsADirectoryError:
+        raise Refusal(f"{path}: is a folder; give a TOML file") from None
+    except PermissionError:
+        raise Refusal(f"{path}: may not be read; check its permissions") from None
+    except UnicodeDecodeError as error:
+        raise Refusal(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise Refusal(f"{path}: not valid TOML: {error}") from None
+    parent = table.pop("extends", None)
+    if parent is None:
+        return table
+    if not isinstance(parent, str):
+        raise Refusal(f"{path}: extends={parent!r} must be the path of one TOML file, relative to this one")
+    return merge(read_table(path.parent / parent, (*below, path)), table)
+
+
+def merge(parent: Mapping[str, Any], child: Mapping[str, Any]) -> Table:
+    """The child's keys over the parent's; a table whose `kind` changes replaces the parent's whole table."""
+    merged = dict(parent)
+    for key, value in child.items():
+        old = merged.get(key)
+        if (
+            isinstance(old, Mapping)
+            and isinstance(value, Mapping)
+            and value.get("kind", old.get("kind")) == old.get("kind")
+        ):
+            value = merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def apply_override(table: Table, override: str) -> None:
+    """Apply one `section.key=value`; the value is read as TOML, and as a plain string where it is not TOML.
+
+    Items of arrays are reached by number: `context.stages.0.sequence_length=256`.
+    """
+    dotted, equals, text = override.partition("=")
+    names = dotted.strip().split(".")
+    if not equals or not all(names):
+        raise Refusal(f"override {override!r}: write section.key=value, for example optimizer.learning_rate=1e-3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    place: Any = table
+    for name in names[:-1]:
+        place = _step_into(place, name, override)
+    last = _index(place, names[-1], override) if isinstance(place, list) else names[-1]
+    if not isinstance(place, dict | list):
+        raise Refusal(f"override {override!r}: {'.'.join(names[:-1])} is a value, not a table")
+    if isinstance(place, dict) and isinstance(place.get(str(last)), dict) and isinstance(value, dict):
+        value = merge(place[str(last)], value)
+    place[last] = value
+
+
+def to_dict(section: Section) -> Table:
+    """The section as plain JSON and TOML values; keys that were left out stay out."""
+    return section.model_dump(mode="json", exclude_none=True)
+
+
+def to_toml(section: Section) -> str:
+    """The resolved section as TOML text; `load` of it gives an equal section."""
+    return tomli_w.dumps(to_dict(section))
+
+
+def differences(old: Section, new: Section) -> list[str]:
+    """One line for each key whose value differs: `optimizer.learning_rate: 0.003 -> 0.001`."""
+    before, after = dict(_leaves(to_dict(old))), dict(_leaves(to_dict(new)))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [f"{key}: {_shown(before.get(key))} -> {_shown(after.get(key))}" for key in keys]
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`; did you mean 'x'?` or `; known: a, b`, to end a refusal with."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
+
+
+def describe(problem: ErrorDetails, root: type[Section]) -> str:
+    """One line for one problem that pydantic found: the dotted key, the value, the way out."""
+    place, message, value = problem["loc"], problem["msg"].removeprefix("Value error, "), problem["input"]
+    key = ".".join(str(name) for name in _without_tags(place, root)) or "the configuration"
+    if problem["type"] == "extra_forbidden":
+        known = sorted({name for section in _sections_at(place[:-1], root) for name in section.model_fields})
+        return f"{key}: unknown key (value {_shown(value)}){nearest(str(place[-1]), known)}"
+    if problem["type"] == "missing":
+        return f"{key}: is missing and has no default; add it"
+    if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        kinds = [str(section.model_fields["kind"].default) for section in _sections_at(place, root)]
+        if problem["type"] == "union_tag_not_found":
+            return f"{key}: needs a kind; known: {', '.join(sorted(kinds))}"
+        tag = problem.get("ctx", {}).get("tag")
+        return f"{key}.kind: unknown kind {tag!r}{nearest(str(tag), kinds)}"
+    if problem["type"] == "value_error" and isinstance(value, Mapping):
+        return f"{key}: {message}"
+    return f"{key}={_shown(value)}: {message}"
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str) if value is not None else "(left out)"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, f"{key}.{number}")
+    else:
+        yield key, value
+
+
+def _step_into(place: Any, name: str, override: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, name, override)]
+    if not isinstance(place, dict):
+        raise Refusal(f"override {override!r}: {name} lies below a value, not below a table")
+    return place.setdefault(name, {})
+
+
+def _index(items: list[Any], name: str, override: str) -> int:
+    if not name.isdigit() or int(name) >= len(items):
+        raise Refusal(f"override {override!r}: {name!r} must be a number below {len(items)}, as that key is an array")
+    return int(name)
+
+
+def _nearest_file(path: Path) -> str:
+    siblings = [sibling.name for sibling in path.parent.glob("*.toml")] if path.parent.is_dir() else []
+    return nearest(path.name, siblings) if siblings else ""
+
+
+def _sections_in(annotation: object) -> Iterator[type[Section]]:
+    """Every Section class that an annotation can hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _sections_in(inner)
+
+
+def _walk(place: Sequence[str | int], root: type[Section]) -> Iterator[tuple[str | int, bool, list[type[Section]]]]:
+    """For each step of an error's path: the step, whether it is only a union's tag, and the sections it leads to."""
+    sections: list[type[Section]] = [root]
+    for step in place:
+        owner = next((s for s in sections if str(step) in s.model_fields), None)
+        if owner is not None:
+            sections = list(_sections_in(owner.model_fields[str(step)].annotation))
+            yield step, False, sections
+        else:
+            tagged = [s for s in sections if "kind" in s.model_fields and s.model_fields["kind"].default == step]
+            is_tag = bool(tagged) and len(sections) > 1
+            sections = tagged if is_tag else sections
+            yield step, is_tag, sections
+
+
+def _without_tags(place: Sequence[str | int], root: type[Section]) -> list[str | int]:
+    return [step for step, is_tag, _ in _walk(place, root) if not is_tag]
+
+
+def _sections_at(place: Sequence[str | int], root: type[Section]) -> list[type[Section]]:
+    return [root] if not place else [sections for _, _, sections in _walk(place, root)][-1]
+
+
+__all__ = ["Refusal", "Section", "differences", "load", "nearest", "to_dict", "to_toml", "validate"]
