@@ -1,0 +1,1 @@
+"""Text to batches: tokenizers, shards, order, mixture, packing, and needles in a haystack."""
