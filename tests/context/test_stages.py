@@ -1,0 +1,123 @@
+"""Stages: where they begin and end, what a step reads, and what is refused with numbers."""
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from context.rotary import DefaultRotary, YarnRotary
+from context.stages import ContextSettings, Continue, Rewarm, Stages, StageSettings, nearest_divisors
+from settings import Refusal
+
+plain = DefaultRotary(base=1e4)
+STEP = 1024
+
+
+def stage(until: int, length: int = 128, **more) -> StageSettings:
+    return StageSettings(until_tokens=until, sequence_length=length, rotary=plain, **more)
+
+
+def test_a_stage_begins_at_the_step_boundary_at_or_after_the_last_ones_end() -> None:
+    stages = Stages([stage(2500), stage(4096, 512), stage(4097, 1024)], STEP)
+    assert [(s.start_tokens, s.until_tokens) for s in stages] == [(0, 3072), (3072, 4096), (4096, 5120)]
+    assert [stages.at(tokens).index for tokens in (0, 2048, 3071, 3072, 4095, 4096, 5119, 5120, 10**9)] == [
+        0, 0, 0, 1, 1, 2, 2, 2, 2,
+    ]  # fmt: skip
+    assert [tokens for tokens in range(0, 6000) if stages.ends_at(tokens)] == [3072, 4096, 5120]
+    assert stages.total_tokens == 5120 and len(stages) == 3 and stages[1].sequence_length == 512
+
+
+def test_first_sample_counts_the_samples_of_the_stage() -> None:
+    stages = Stages([stage(2048), stage(4096, 512)], STEP)
+    assert [stages.first_sample(tokens) for tokens in (0, 1024, 2048, 3072, 4096)] == [0, 8, 0, 2, 4]
+    with pytest.raises(Refusal, match="tokens=1000 is not at a step boundary: steps take 1024"):
+        stages.first_sample(1000)
+    with pytest.raises(Refusal, match="tokens=-1024"):
+        stages.first_sample(-1024)
+
+
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.sampled_from([64, 128, 256])), min_size=1, max_size=5))
+def test_every_step_reads_the_samples_after_the_last_steps(plan: list[tuple[int, int]]) -> None:
+    ends = sorted({-(-until // 4096) for until, _ in plan})
+    assume(len(ends) == len(plan))
+    stages = Stages([stage(end * 4096, length) for end, (_, length) in zip(ends, plan, strict=True)], 4096)
+    seen = dict.fromkeys(range(len(plan)), 0)
+    for tokens in range(0, stages.total_tokens, 4096):
+        now = stages.at(tokens)
+        assert stages.first_sample(tokens) == seen[now.index]
+        seen[now.index] += 4096 // now.sequence_length
+    assert [seen[s.index] * s.sequence_length for s in stages] == [s.num_tokens for s in stages]
+
+
+def test_rewarm_goes_up_to_the_peak_and_down_to_its_share() -> None:
+    rate = Rewarm(peak=1e-3, warmup_tokens=2048, final=0.25)
+    first, second = Stages([stage(4096), stage(4096 + 10240, learning_rate=rate)], STEP)
+    assert first.learning_rate(1024) is None and first.settings.learning_rate == Continue()
+    rates = [second.learning_rate(tokens) for tokens in range(5120, second.until_tokens + 1, STEP)]
+    assert rates[0] == pytest.approx(5e-4) and max(rates) == rates[1] == pytest.approx(1e-3)
+    assert rates[1:] == sorted(rates[1:], reverse=True) and rates[-1] == pytest.approx(2.5e-4)
+    assert second.learning_rate(4096 + 2048 + 4096) == pytest.approx(1e-3 * 0.625)
+
+
+def test_rows_tell_the_plan() -> None:
+    yarn = YarnRotary(base=1e4, factor=4, original_length=128)
+    long = StageSettings(until_tokens=4096, sequence_length=512, rotary=yarn, mixture={"code": 0.7, "recall": 0.3})
+    rows = Stages([stage(2048), long], STEP).rows()
+    assert rows[0]["tokens"] == "0 to 2,048" and rows[0]["rotary"] == "default base=10000"
+    assert rows[1] == {
+        "stage": "1",
+        "tokens": "2,048 to 4,096",
+        "steps": "2",
+        "sequence length": "512",
+        "samples a step": "2",
+        "rotary": "yarn base=10000 factor=4 original_length=128",
+        "learning rate": "continue",
+        "mixture": "code 0.7, recall 0.3",
+    }
+
+
+@given(st.integers(1, 5000), st.integers(1, 6000))
+def test_nearest_divisors(number: int, value: int) -> None:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below, above = nearest_divisors(number, value)
+    assert below == max((d for d in divisors if d < value), default=None)
+    assert above == min((d for d in divisors if d > value), default=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "words"),
+    [
+        (
+            [stage(4096), stage(8192, 3000)],
+            65536,
+            r"context\.stages\.1\.sequence_length=3000 must divide tokens_per_step=65536; "
+            r"try sequence_length 2048 or 4096, or tokens_per_step 63000 or 66000$",
+        ),
+        ([stage(4096, 2048)], 1024, r"try sequence_length 1024, or tokens_per_step 2048$"),
+        (
+            [stage(4000), stage(4090)],
+            1024,
+            r"stages\.1\.until_tokens=4090 leaves the stage no step: it begins at 4096 tokens .* use 4097",
+        ),
+        (
+            [stage(4096, learning_rate=Rewarm(peak=1e-3, warmup_tokens=4096))],
+            1024,
+            r"stages\.0\.learning_rate\.warmup_tokens=4096 must be below the stage's 4096 tokens; try 409$",
+        ),
+        ([], 1024, "stages is empty"),
+        ([stage(4096)], 0, "tokens_per_step=0"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(settings: list[StageSettings], step: int, words: str) -> None:
+    with pytest.raises(Refusal, match=words):
+        Stages(settings, step)
+
+
+def test_settings_refuse_what_cannot_be() -> None:
+    with pytest.raises(ValidationError, match=r"stages\.1\.until_tokens=100 must be above stages\.0\.until_tokens=200"):
+        ContextSettings(stages=(stage(200), stage(100)))
+    with pytest.raises(ValidationError, match=r"mixture\.web=-0\.5 must not be negative"):
+        stage(200, mixture={"web": -0.5})
+    with pytest.raises(ValidationError, match="every source the share 0"):
+        stage(200, mixture={"web": 0.0})
+    assert ContextSettings(stages=(stage(100), stage(200))).stages[1].until_tokens == 200
