@@ -1,0 +1,56 @@
+"""Bits per byte of held-out text: how well each source is predicted from a window of so many tokens."""
+
+from pydantic import Field, PositiveInt, field_validator
+from torch import nn
+
+from evals.harness import Cell, Materials, score_rows, sources_of
+from evals.windows import read, spread, sum_up, tile
+from settings import Refusal, Section
+
+
+class HeldOutSettings(Section):
+    lengths: tuple[PositiveInt, ...] = Field(min_length=1)
+    """Tokens in a window; nothing before its window is seen."""
+    sources: tuple[str, ...] = ()
+    """Which sources are read; left out, all that have held-out text."""
+    tokens: PositiveInt = 32_768
+    """At most so many tokens are read of each source at each length."""
+
+    @field_validator("lengths", "sources")
+    @classmethod
+    def check_distinct(cls, values: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("the same entry stands twice; give each once")
+        return values
+
+
+def check(settings: HeldOutSettings, materials: Materials) -> None:
+    """Refuse sources that are unknown or shorter than the longest window."""
+    longest = max(settings.lengths)
+    for name in sources_of(materials, settings.sources, "evals.held_out.sources"):
+        available = len(materials.held_out[name])
+        if available <= longest:
+            raise Refusal(
+                f"evals.held_out.lengths={longest} does not fit: source {name!r} has {available} held-out tokens; "
+                f"lower it to {max(available - 1, 1)} or less, or name longer sources in evals.held_out.sources"
+            )
+
+
+def run(model: nn.Module, settings: HeldOutSettings, materials: Materials, seed: int) -> list[Cell]:
+    """One cell for each source and length: score is bits per byte, extra `loss` nats per token.
+
+    Windows of all lengths cover the same text as far as the lengths divide the longest, so that columns differ in the
+    context alone. Documents in a window do not see each other.
+    """
+    check(settings, materials)
+    end_of_text, block = materials.tokenizer.end_of_text, max(settings.lengths)
+    cells = []
+    for name in sources_of(materials, settings.sources, "evals.held_out.sources"):
+        tokens = materials.held_out[name]
+        blocks = spread(len(tokens), block, settings.tokens, seed)
+        for length in settings.lengths:
+            rows = read(tokens, tile(blocks, block, length), length, end_of_text)
+            loss = sum_up(rows.labels_BT, score_rows(model, materials, rows)[1], materials.tokenizer)
+            extra = {"loss": loss.per_token, "bytes": loss.num_bytes}
+            cells.append(Cell(f"held_out/{name}", length, None, loss.bits_per_byte, loss.tokens, extra))
+    return cells

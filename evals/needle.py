@@ -1,0 +1,121 @@
+"""Needle in a haystack: a key and its value hidden in held-out text, asked for at the end, over lengths and depths.
+
+Sources: gkamradt's LLMTest_NeedleInAHaystack for the grid; exact match on random keys in place of a judge.
+"""
+
+import numpy as np
+from pydantic import Field, PositiveInt, field_validator
+from torch import nn
+
+from data.recall import NeedleSample, needle_sample
+from evals.harness import Cell, Materials, Rows, score_rows, sources_of
+from model.loss import IGNORED
+from settings import Refusal, Section
+
+DEPTH_PARTS = 1_000_000
+"""Depths are told apart to a millionth when a sample's randomness is derived."""
+
+
+class NeedleSettings(Section):
+    lengths: tuple[PositiveInt, ...] = Field(min_length=1)
+    """Tokens in a sample, question and answer included."""
+    haystack: str
+    """The source whose held-out text hides the needle."""
+    depths: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
+    """Share of the haystack that stands before the needle: 0 is the farthest from the question, 1 the nearest."""
+    samples: PositiveInt = 20
+    """Samples in each cell."""
+    needles: PositiveInt = 1
+    """Needles in each haystack; one of them is asked for."""
+    key_letters: PositiveInt = 2
+    value_digits: PositiveInt = 4
+
+    @field_validator("lengths", "depths")
+    @classmethod
+    def check_distinct(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("the same entry stands twice; give each once")
+        return values
+
+    @field_validator("depths")
+    @classmethod
+    def check_depths(cls, depths: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 <= depth <= 1 for depth in depths):
+            raise ValueError("a depth is a share between 0 (start) and 1 (end of the haystack)")
+        return depths
+
+
+def check(settings: NeedleSettings, materials: Materials) -> None:
+    """Refuse an unknown haystack and lengths that its held-out text or the question does not fit."""
+    sources_of(materials, [settings.haystack], "evals.needle.haystack")
+    available, longest = len(materials.held_out[settings.haystack]), max(settings.lengths)
+    if available < longest:
+        raise Refusal(
+            f"evals.needle.lengths={longest} does not fit: source {settings.haystack!r} has {available} held-out "
+            f"tokens; lower it to {available} or less, or choose a larger haystack"
+        )
+    shortest = min(settings.lengths)
+    try:
+        make_sample(settings, materials, 0, length=shortest, depth=settings.depths[0], number=0)
+    except Refusal as refusal:
+        raise Refusal(f"evals.needle.lengths={shortest} does not fit: {refusal}") from None
+
+
+def make_sample(
+    settings: NeedleSettings, materials: Materials, seed: int, *, length: int, depth: float, number: int
+) -> NeedleSample:
+    """Sample `number` of a cell: a pure function of its arguments, so that every model is asked the same questions."""
+    rng = np.random.default_rng([seed, length, round(depth * DEPTH_PARTS), number])
+    sample = needle_sample(
+        rng,
+        materials.tokenizer,
+        materials.held_out[settings.haystack],
+        length,
+        depth=depth,
+        needles=settings.needles,
+        key_letters=settings.key_letters,
+        value_digits=settings.value_digits,
+    )
+    # A sample cut short would be scored 0 and read as a finding about the model.
+    assert len(sample.tokens) == length and 0 < sample.answer.start < sample.answer.stop <= length, "truncated sample"
+    return sample
+
+
+def to_rows(samples: list[NeedleSample]) -> Rows:
+    """Samples of one length as rows in which only the answers are asked."""
+    tokens_BT = np.stack([sample.tokens for sample in samples]).astype(np.int64)
+    labels_BT = np.full_like(tokens_BT, IGNORED)
+    for row, sample in enumerate(samples):
+        answer = sample.answer
+        labels_BT[row, answer.start - 1 : answer.stop - 1] = tokens_BT[row, answer]
+    return Rows(tokens_BT, labels_BT)
+
+
+def run(model: nn.Module, settings: NeedleSettings, materials: Materials, seed: int) -> list[Cell]:
+    """One cell for each length and depth: score is the share of samples whose whole answer is the model's first choice.
+
+    Teacher-forced: right at every answer token is the same as right when generated greedily, in one forward pass.
+    Extra: `answer_logprob` (mean nats of an answer token) and `token_accuracy` move before exact match does.
+    """
+    check(settings, materials)
+    cells = []
+    for length in settings.lengths:
+        samples = [
+            make_sample(settings, materials, seed, length=length, depth=depth, number=number)
+            for depth in settings.depths
+            for number in range(settings.samples)
+        ]
+        rows = to_rows(samples)
+        greedy_BT, logprob_BT = score_rows(model, materials, rows)
+        is_right_BT = greedy_BT == rows.labels_BT
+        for index, depth in enumerate(settings.depths):
+            part = slice(index * settings.samples, (index + 1) * settings.samples)
+            is_asked_BT = rows.is_asked_BT[part]
+            is_exact_B = (is_right_BT[part] | ~is_asked_BT).all(axis=1)
+            extra = {
+                "answer_logprob": float(logprob_BT[part][is_asked_BT].mean()),
+                "token_accuracy": float(is_right_BT[part][is_asked_BT].mean()),
+                "needles": settings.needles,
+            }
+            cells.append(Cell("needle", length, depth, float(is_exact_B.mean()), settings.samples, extra))
+    return cells

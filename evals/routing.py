@@ -1,0 +1,68 @@
+"""Routing: how the experts of each layer share the work on held-out text, where no balance loss has had its say."""
+
+import numpy as np
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from evals.harness import Cell, Materials, evaluating, forwards, sources_of
+from evals.windows import read, spread
+from settings import Refusal, Section
+
+
+class RoutingSettings(Section):
+    length: PositiveInt
+    """Tokens in a window."""
+    sources: tuple[str, ...] = ()
+    """Which sources are read; left out, all that have held-out text."""
+    tokens: PositiveInt = 16_384
+    """At most so many tokens are read of each source."""
+
+
+def check(settings: RoutingSettings, materials: Materials) -> None:
+    """Refuse sources that are unknown or shorter than one window."""
+    for name in sources_of(materials, settings.sources, "evals.routing.sources"):
+        available = len(materials.held_out[name])
+        if available <= settings.length:
+            raise Refusal(
+                f"evals.routing.length={settings.length} does not fit: source {name!r} has {available} held-out "
+                f"tokens; lower it to {max(available - 1, 1)} or less, or name longer sources in evals.routing.sources"
+            )
+
+
+def run(model: nn.Module, settings: RoutingSettings, materials: Materials, seed: int) -> list[Cell]:
+    """One cell for each source and MoE layer, none for a dense model; score is the normalised entropy of the load.
+
+    1: every expert has the same load; 0: one expert has it all. Extra: `layer` (counted over the MoE layers),
+    `max_violation` (highest load over the mean, minus 1), `dead_experts`, and the shares `load_0`, `load_1`, ...
+    """
+    check(settings, materials)
+    cells = []
+    for name in sources_of(materials, settings.sources, "evals.routing.sources"):
+        tokens = materials.held_out[name]
+        starts = spread(len(tokens), settings.length, settings.tokens, seed)
+        rows = read(tokens, starts, settings.length, materials.tokenizer.end_of_text)
+        counts_LE: list[Tensor] = []
+        with evaluating(model, materials):
+            for _, _, stats in forwards(model, materials, rows):
+                counts = [layer.counts_E.to(torch.int64) for layer in stats]
+                counts_LE = [old + new for old, new in zip(counts_LE, counts, strict=True)] if counts_LE else counts
+        for layer, counts_E in enumerate(counts_LE):
+            score, extra = describe_load(counts_E.cpu().numpy())
+            cells.append(
+                Cell(f"routing/{name}", settings.length, None, score, rows.tokens_BT.size, {"layer": layer, **extra})
+            )
+    return cells
+
+
+def describe_load(counts_E: np.ndarray) -> tuple[float, dict[str, float]]:
+    """(normalised entropy, extra fields) of the rows that each expert was given."""
+    load_E = counts_E / counts_E.sum()
+    busy = load_E[load_E > 0]
+    num_experts = len(load_E)
+    entropy = float(-(busy * np.log(busy)).sum() / np.log(num_experts)) if num_experts > 1 else 1.0
+    extra: dict[str, float] = {
+        "max_violation": float(load_E.max() * num_experts - 1),
+        "dead_experts": int((counts_E == 0).sum()),
+    }
+    return entropy, extra | {f"load_{expert}": float(share) for expert, share in enumerate(load_E)}

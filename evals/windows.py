@@ -1,0 +1,76 @@
+"""Windows of held-out text: which stretches are read, so that every length reads the same text."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.tokenizer import Tokenizer
+from evals.harness import Rows
+from model.loss import IGNORED
+
+
+def spread(num_tokens: int, length: int, max_tokens: int, seed: int) -> np.ndarray:
+    """Starts of disjoint windows of `length`, evenly spread over the text, their common shift drawn from the seed.
+
+    At most `max_tokens` tokens together but at least one window. One token stays free at the end: the last label.
+    """
+    assert num_tokens > length, f"{num_tokens} tokens hold no window of {length} and the label after it"
+    count = max(1, min(max_tokens // length, (num_tokens - 1) // length))
+    stride = (num_tokens - 1) // count
+    shift = np.random.default_rng(seed).integers(num_tokens - 1 - stride * (count - 1) - length + 1)
+    return int(shift) + stride * np.arange(count)
+
+
+def tile(starts: np.ndarray, block: int, length: int) -> np.ndarray:
+    """Starts of the windows of `length` that fill windows of `block`: the same text, read in shorter pieces."""
+    return (starts[:, None] + length * np.arange(block // length)).ravel()
+
+
+def spread_inside(documents: Sequence[slice], length: int, max_tokens: int, seed: int) -> np.ndarray:
+    """Like `spread`, over windows that lie inside one document together with the label after them."""
+    fitting = [np.arange(d.start, d.stop - length, length) for d in documents if d.stop - d.start > length]
+    starts = np.concatenate(fitting)
+    chosen = spread(len(starts) + 1, 1, max(1, max_tokens // length), seed)
+    return starts[chosen]
+
+
+def documents_in(tokens: np.ndarray, end_of_text: int) -> list[slice]:
+    """Where each document of the joined text lies, without its end of text."""
+    ends = np.append(np.flatnonzero(tokens == end_of_text), len(tokens))
+    starts = np.append(0, ends[:-1] + 1)
+    return [slice(int(start), int(stop)) for start, stop in zip(starts, ends, strict=True) if stop > start]
+
+
+def read(tokens: np.ndarray, starts: np.ndarray, length: int, end_of_text: int) -> Rows:
+    """The windows as rows. Every token of text is asked once, but what follows a document's end: nothing tells it."""
+    window_BS = np.asarray(tokens)[starts[:, None] + np.arange(length + 1)].astype(np.int64)
+    tokens_BT, labels_BT = window_BS[:, :-1], window_BS[:, 1:].copy()
+    # The end of a document stands for no byte of text: leaving it out keeps bits per byte a statement about text.
+    labels_BT[(tokens_BT == end_of_text) | (labels_BT == end_of_text)] = IGNORED
+    return Rows(tokens_BT, labels_BT, end_of_text)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Losses of asked tokens, summed up."""
+
+    nats: float
+    tokens: int
+    num_bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+    @property
+    def per_token(self) -> float:
+        return self.nats / self.tokens if self.tokens else math.nan
+
+
+def sum_up(labels_BT: np.ndarray, logprob_BT: np.ndarray, tokenizer: Tokenizer) -> Loss:
+    """The loss over all asked positions of these (slices of) rows."""
+    is_asked_BT = labels_BT != IGNORED
+    nats = -float(logprob_BT[is_asked_BT].sum(dtype=np.float64))
+    return Loss(nats, int(is_asked_BT.sum()), int(tokenizer.num_bytes(labels_BT[is_asked_BT])))

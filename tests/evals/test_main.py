@@ -1,0 +1,125 @@
+"""The door: a checkpoint on the disk is asked as its run would have asked it."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from evals.__main__ import choose, load_checkpoint, main, parse_arguments, read_rotary
+from evals.suite import run_suite, tasks_of
+from model.initialize import initialize
+from model.transformer import build_model
+from run.checkpoint import Checkpoints
+from run.config import load_config
+from settings import Refusal, to_toml
+
+CONFIG = """
+total_tokens = 1024
+tokens_per_step = 256
+precision = "fp32"
+optimizer = { kind = "adamw", learning_rate = 1e-3, schedule = { kind = "constant" } }
+
+[model]
+num_layers = 1
+width = 16
+attention = { num_heads = 2, num_kv_heads = 1 }
+moe = { num_experts = 4, experts_per_token = 2, expert_width = 16 }
+
+[data]
+prepared = "PREPARED"
+sources = { words = { kind = "text", path = "WORDS", held_out = 0.3 } }
+
+[evals]
+seed = 5
+needle = { lengths = [48, 96], haystack = "words", samples = 2 }
+held_out = { lengths = [32], tokens = 512 }
+
+[[context.stages]]
+until_tokens = 512
+sequence_length = 32
+rotary = { kind = "default", base = 100.0 }
+
+[[context.stages]]
+until_tokens = 1024
+sequence_length = 64
+rotary = { kind = "linear", base = 100.0, factor = 2.0 }
+"""
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("door")
+    (folder / "words").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(12):
+        letters = torch.randint(97, 123, (2000,), generator=generator).tolist()
+        (folder / "words" / f"{number}.txt").write_text(re.sub("[aeiou]", " ", bytes(letters).decode()))
+    text = CONFIG.replace("PREPARED", str(folder / "prepared")).replace("WORDS", str(folder / "words"))
+    (folder / "tiny.toml").write_text(text)
+    config = load_config(folder / "tiny.toml", [])
+    model = build_model(config.model, 257)
+    initialize(model, 3, "cpu")
+    with torch.no_grad():
+        model.head_weight.mul_(20)
+    checkpoints = Checkpoints(folder / "run", config.checkpoint, model, [], to_toml(config), print)
+    for step in (2, 3):
+        checkpoints.save(step, {"step": step, "tokens": 256 * step})
+    return folder / "run"
+
+
+def test_asks_what_the_run_would_have_asked(run_folder, tmp_path, capsys):
+    main(parse_arguments([str(run_folder), "--out", str(tmp_path)]))
+    loaded = load_checkpoint(run_folder, "cpu")
+    rows = [json.loads(line) for line in (tmp_path / "evals.jsonl").read_text().splitlines()]
+    expected = run_suite(loaded.model, loaded.config.evals, loaded.materials)
+    assert [row["score"] for row in rows] == [cell.score for cell in expected]
+    assert {row["task"] for row in rows} == {"needle", "held_out/words"}
+    assert all((row["step"], row["tokens"], row["trained_length"], row["stage"]) == (3, 768, 64, 1) for row in rows)
+    assert (tmp_path / "needle.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "tiny at step 3" in out and "trained at 64" in out and "held_out/words" in out
+
+
+def test_the_stage_is_that_of_the_last_step(run_folder):
+    at_border = load_checkpoint(run_folder / "checkpoints" / "step_00000002", "cpu")
+    assert at_border.stage.sequence_length == 32 and at_border.step == 2
+    assert load_checkpoint(run_folder, "cpu").stage.sequence_length == 64
+
+
+def test_weights_are_the_checkpoints(run_folder):
+    loaded = load_checkpoint(run_folder, "cpu")
+    fresh = build_model(loaded.config.model, 257)
+    initialize(fresh, 3, "cpu")
+    torch.testing.assert_close(loaded.model.head_weight, fresh.head_weight * 20)
+
+
+def test_tasks_and_lengths_of_the_command_line(run_folder):
+    loaded = load_checkpoint(run_folder, "cpu")
+    settings = choose(loaded, ["routing", "needle"], [128, 64])
+    assert tasks_of(settings) == ["routing", "needle"]
+    assert settings.needle.lengths == (64, 128) and settings.needle.samples == 2
+    assert settings.routing.length == 128 and settings.seed == 5
+    assert tasks_of(choose(loaded, None, None)) == ["held_out", "needle"]
+    with pytest.raises(Refusal, match="unknown task 'nedle'; did you mean 'needle'"):
+        choose(loaded, ["nedle"], None)
+    with pytest.raises(Refusal, match=r"evals.needle.lengths=999999 does not fit"):
+        run_suite(loaded.model, choose(loaded, ["needle"], [999_999]), loaded.materials)
+
+
+def test_another_rotation_for_the_same_weights(run_folder, tmp_path):
+    yarn = '{ kind = "yarn", base = 100.0, factor = 4.0, original_length = 32 }'
+    words = [str(run_folder), "--tasks", "held_out", "--out"]
+    main(parse_arguments([*words, str(tmp_path / "own")]))
+    main(parse_arguments([*words, str(tmp_path / "yarn"), "--rotary", yarn]))
+    own, other = (json.loads((tmp_path / name / "evals.jsonl").read_text()) for name in ("own", "yarn"))
+    assert own["score"] != other["score"]
+    with pytest.raises(Refusal, match=r"--rotary: rotary.kind: unknown kind 'yarm'; did you mean 'yarn'"):
+        read_rotary('{ kind = "yarm" }')
+    with pytest.raises(Refusal, match="not a TOML table"):
+        read_rotary("yarn please")
+
+
+def test_no_checkpoint_is_refused(tmp_path):
+    with pytest.raises(Refusal, match="holds no checkpoint"):
+        main(parse_arguments([str(tmp_path)]))
