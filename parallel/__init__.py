@@ -1,0 +1,1 @@
+"""Decides who owns what, and edits a finished model from outside."""

@@ -1,0 +1,233 @@
+"""Checkpoints: weights and optimizer state that come back bit for bit, or are refused by name.
+
+runs/<name>/checkpoints/step_00000100/ holds model.safetensors (parameters and persistent buffers),
+optimizer.safetensors and optimizer.json (its tensors and its numbers), state.json (where the run stood), config.toml
+and manifest.json (run/sealed.py).
+"""
+
+import errno
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from torch import nn
+
+from run.optimizer_state import check_same, load_state, state_of
+from run.sealed import MANIFEST, Damaged, Tensors, clean, read_json, read_tensors, verify, write_sealed
+from settings import Refusal, Section
+
+JSON: TypeAlias = Any
+SLACK_BYTES = 1 << 20  # JSON, headers and the file system's own blocks
+
+
+class CheckpointSettings(Section):
+    """How often a run is saved, and how many of its checkpoints stay."""
+
+    every_steps: int = Field(default=500, ge=1)
+    """Steps from one checkpoint to the next; the end of a run and of a stage are saved as well."""
+    keep: int = Field(default=3, ge=1)
+    """How many of the newest checkpoints stay on the disk."""
+
+
+class Checkpoints:
+    """Saves and restores one model and its optimizers in one run's folder.
+
+    Weights are whole on every rank; rank 0 writes, every rank reads. `latest_step` is the step of the newest checkpoint
+    that this object has written or restored, or None.
+    """
+
+    def __init__(  # noqa: PLR0917 (six, and no object is missing)
+        self,
+        run_folder: Path,
+        settings: CheckpointSettings,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        config_toml: str,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.folder = run_folder / "checkpoints"
+        self.settings, self.model, self.optimizers = settings, model, tuple(optimizers)
+        self.config_toml, self.warn = config_toml, warn
+        self.latest_step: int | None = None
+        self._damaged: set[Path] = set()
+        if _is_writer():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clean(self.folder)
+
+    def due(self, step: int) -> bool:
+        """Whether the settings ask for a checkpoint of this step."""
+        return step % self.settings.every_steps == 0
+
+    def save(self, step: int, state: Mapping[str, JSON]) -> Path:
+        """Write the checkpoint of `step` and remove what is older than the newest `keep`; `state` is plain JSON.
+
+        A step that this object has just written or restored is not written twice. Raises Refusal when the disk is full;
+        the checkpoints that were there before are then still there.
+        """
+        target = self.folder / f"step_{step:08d}"
+        if step == self.latest_step:
+            return target
+        if _is_writer():
+            self._write(target, step, state)
+            self._prune(target)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        self.latest_step = step
+        return target
+
+    def restore_latest(self) -> dict[str, JSON] | None:
+        """Load the newest good checkpoint into model and optimizers and return its state; None where there is none.
+
+        A damaged checkpoint is warned about by name and the one before it is taken. Raises Refusal when all are
+        damaged, and, with nothing loaded, when the checkpoint is of another model or of another optimizer.
+        """
+        found = _newest_good(self.folder, self._read, self._skip)
+        if found is None:
+            return None
+        folder, (state, weights, optimizer_tensors, optimizer_values) = found
+        targets = _targets(self.model)
+        check_same(folder.name, "model", weights, targets)
+        load_state(folder.name, self.model, self.optimizers, optimizer_tensors, optimizer_values)
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                targets[name].copy_(tensor)
+        self.latest_step = _step_of(folder)
+        return state
+
+    def _write(self, target: Path, step: int, state: Mapping[str, JSON]) -> None:
+        optimizer_tensors, optimizer_values = state_of(self.model, self.optimizers)
+        texts = {
+            "state.json": json.dumps(dict(state), indent=1, allow_nan=False),
+            "optimizer.json": json.dumps(optimizer_values),
+            "config.toml": self.config_toml,
+        }
+        files = {"model.safetensors": _targets(self.model), "optimizer.safetensors": optimizer_tensors}
+        needed = sum(tensor.nbytes for named in files.values() for tensor in named.values()) + SLACK_BYTES
+        if needed > shutil.disk_usage(self.folder).free:
+            raise self._disk_full(target, needed)
+        try:
+            write_sealed(target, texts, files, {"step": step, "torch": torch.__version__})
+        except (OSError, SafetensorError) as error:
+            if not _is_disk_full(error):
+                raise
+            raise self._disk_full(target, needed) from error
+
+    def _disk_full(self, target: Path, needed: int) -> Refusal:
+        free = shutil.disk_usage(self.folder).free
+        good = next((folder for folder in _folders(self.folder) if _is_good(folder)), None)
+        kept = f"the last good checkpoint {good.name} is intact" if good else "there is no earlier checkpoint"
+        return Refusal(
+            f"{target}: the disk is full: a checkpoint needs {_megabytes(needed)}, {_megabytes(free)} are free in"
+            f" {self.folder}; {kept}. Free some space there (or lower checkpoint.keep) and start the same command again"
+        )
+
+    def _prune(self, newest: Path) -> None:
+        """Keep the newest good folders; a damaged one goes once a good one as new as itself exists."""
+        good = [folder for folder in _folders(self.folder) if folder not in self._damaged or folder == newest]
+        stale = [folder for folder in good[self.settings.keep :] if folder != newest]
+        stale += [folder for folder in self._damaged if folder != newest and _step_of(folder) <= _step_of(newest)]
+        for folder in stale:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._damaged -= {*stale, newest}
+
+    def _skip(self, folder: Path, reason: str) -> None:
+        self._damaged.add(folder)
+        self.warn(f"checkpoint {folder.name} is damaged and not used: {reason} ({folder})")
+
+    def _read(self, folder: Path) -> tuple[dict[str, JSON], Tensors, Tensors, dict[str, JSON]]:
+        manifest = verify(folder)
+        weights = read_tensors(folder, "model.safetensors", manifest)
+        optimizer_tensors = read_tensors(folder, "optimizer.safetensors", manifest)
+        return read_json(folder, "state.json"), weights, optimizer_tensors, read_json(folder, "optimizer.json")
+
+
+def read_checkpoint(
+    path: Path | str, warn: Callable[[str], None] = lambda line: print(line, file=sys.stderr)
+) -> tuple[dict[str, JSON], str, Tensors]:
+    """The state, the resolved configuration and the weights of a checkpoint, each byte verified.
+
+    path: a checkpoint's folder, or a run's folder, whose newest good checkpoint is taken. Raises Refusal when there is
+    none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise Refusal(f"{path}: no such folder; give a run's folder or one of its checkpoints/step_… folders")
+    if (path / MANIFEST).is_file() or path.name.startswith("step_"):
+        try:
+            return _read_for_evals(path)
+        except Damaged as damage:
+            raise Refusal(f"{path}: this checkpoint is damaged: {damage}; use another one") from None
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = _newest_good(
+        folder, _read_for_evals, lambda bad, why: warn(f"checkpoint {bad.name} is damaged and not used: {why}")
+    )
+    if found is None:
+        raise Refusal(f"{path}: holds no checkpoint; give a run's folder or one of its checkpoints/step_… folders")
+    return found[1]
+
+
+def _read_for_evals(folder: Path) -> tuple[dict[str, JSON], str, Tensors]:
+    manifest = verify(folder)
+    weights = read_tensors(folder, "model.safetensors", manifest)
+    return read_json(folder, "state.json"), (folder / "config.toml").read_text(encoding="utf-8"), weights
+
+
+def _newest_good(
+    folder: Path, read: Callable[[Path], Any], skip: Callable[[Path, str], None]
+) -> tuple[Path, Any] | None:
+    reasons = []
+    for candidate in _folders(folder):
+        try:
+            return candidate, read(candidate)
+        except (Damaged, OSError) as damage:
+            skip(candidate, str(damage))
+            reasons.append(f"  {candidate.name}: {damage}")
+    if reasons:
+        raise Refusal(
+            f"{folder}: none of the {len(reasons)} checkpoints is good:\n" + "\n".join(reasons) + "\n"
+            "Put a good copy back, or start anew with --fresh"
+        )
+    return None
+
+
+def _targets(model: nn.Module) -> Tensors:
+    """Parameters and persistent buffers as they stand, under their plain names."""
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, newest first."""
+    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def _is_good(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except (Damaged, OSError):
+        return False
+    return True
+
+
+def _is_writer() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _is_disk_full(error: Exception) -> bool:
+    codes = (errno.ENOSPC, errno.EDQUOT)
+    # safetensors writes in Rust and hands the number over in its text alone.
+    return getattr(error, "errno", None) in codes or any(f"os error {code}" in str(error) for code in codes)
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,108 @@
+"""The whole configuration of a run, and what has to hold between its sections."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from context.stages import ContextSettings, Stages
+from data.batches import DataSettings
+from evals.suite import EvalsSettings
+from model.transformer import ModelSettings
+from optim.groups import OptimizerSettings
+from optim.schedule import check_schedule
+from run.checkpoint import CheckpointSettings
+from settings import Section, load, nearest, to_toml
+
+
+class LogSettings(Section):
+    every_steps: PositiveInt = 10
+    """A row of metrics.jsonl and TensorBoard is written every so many steps."""
+    tensorboard: bool = True
+
+
+class ProfileSettings(Section):
+    """A window of steps recorded by torch's profiler into the run's folder."""
+
+    start_step: PositiveInt
+    num_steps: PositiveInt = 3
+
+
+class RunConfig(Section):
+    """One run: everything a person chose. What follows from it is a function, never a key."""
+
+    name: str = ""
+    """The run's folder below runs/; left out, the name of the configuration file."""
+    total_tokens: PositiveInt
+    tokens_per_step: PositiveInt
+    """Tokens in one optimizer step over all ranks and micro-batches; the same at every sequence length."""
+    tokens_per_microbatch: PositiveInt | None = None
+    """Tokens of one forward and backward; left out, a rank's whole share of the step."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    model: ModelSettings
+    context: ContextSettings
+    data: DataSettings
+    optimizer: OptimizerSettings
+    evals: EvalsSettings = EvalsSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log: LogSettings = LogSettings()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 on CUDA and on CPUs with AMX, else fp32. Weights and moments are fp32 either way."""
+    threads: PositiveInt | None = None
+    """CPU threads of each rank; left out, all cores shared among the ranks of this machine."""
+    compile: bool = False
+    """Compile the position-wise part of each layer with torch.compile."""
+    recompute: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again."""
+    loss_chunk: PositiveInt = 4096
+    """Tokens whose logits exist at one time."""
+    profile: ProfileSettings | None = None
+
+    @model_validator(mode="after")
+    def check_steps(self) -> "RunConfig":
+        last = self.context.stages[-1].until_tokens
+        if last != self.total_tokens:
+            raise ValueError(
+                f"total_tokens={self.total_tokens} and the last stage's until_tokens={last} must be equal; "
+                f"set context.stages.{len(self.context.stages) - 1}.until_tokens={self.total_tokens}"
+            )
+        Stages(self.context.stages, self.tokens_per_step)
+        check_schedule(self.optimizer.schedule, self.total_tokens)
+        if self.tokens_per_microbatch is not None:
+            for number, stage in enumerate(self.context.stages):
+                key = f"context.stages.{number}.sequence_length"
+                _check_divides(key, stage.sequence_length, "tokens_per_microbatch", self.tokens_per_microbatch)
+        if self.tokens_per_microbatch is not None:
+            _check_divides("tokens_per_microbatch", self.tokens_per_microbatch, "tokens_per_step", self.tokens_per_step)
+        return self
+
+    @model_validator(mode="after")
+    def check_sources(self) -> "RunConfig":
+        sources = self.data.sources
+        for number, stage in enumerate(self.context.stages):
+            for name in stage.mixture:
+                if name not in sources:
+                    raise ValueError(
+                        f"context.stages.{number}.mixture.{name}: no source of that name{nearest(name, list(sources))}"
+                    )
+        return self
+
+
+def _check_divides(part: str, small: int, whole: str, large: int) -> None:
+    if large % small:
+        near = max(1, round(large / small)) * small
+        raise ValueError(f"{whole}={large} must be a multiple of {part}={small}; try {near}")
+
+
+def load_config(path: Path | str, overrides: list[str]) -> RunConfig:
+    """The resolved configuration of a run; `name` falls back to the file's stem. Raises Refusal."""
+    config = load(path, overrides, RunConfig)
+    return config if config.name else config.model_copy(update={"name": Path(path).stem})
+
+
+def show(config: RunConfig) -> None:
+    """Print the resolved configuration as TOML, then its stages as a table in comments."""
+    print(to_toml(config))
+    for row in Stages(config.context.stages, config.tokens_per_step).rows():
+        print("# " + "; ".join(f"{title}: {text}" for title, text in row.items()))

@@ -1,0 +1,139 @@
+"""What a run's folder says about the run: its plan, its numbers, and where its stages ended."""
+
+import json
+import math
+import statistics
+import tomllib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from run.metrics import Row, read_rows, short
+from settings import Refusal
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """One stage as the configuration plans it; `until_tokens` is rounded up to a whole step, as the run does."""
+
+    index: int
+    start_tokens: int
+    until_tokens: int
+    sequence_length: int
+    rotary: str
+    mixture: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The last evaluation of a stage."""
+
+    stage: StageFacts
+    step: int
+    tokens: int
+    rows: tuple[Row, ...]
+
+    @property
+    def is_stage_end(self) -> bool:
+        return self.tokens >= self.stage.until_tokens
+
+    @property
+    def title(self) -> str:
+        place = "after" if self.is_stage_end else f"at {short(self.tokens)} tokens, in"
+        return f"{place} stage {self.stage.index + 1} (length {self.stage.sequence_length})"
+
+    def mean_score(self, task: str, length: int) -> float | None:
+        """Mean over depths; None when this task was not asked at this length."""
+        scores = [row["score"] for row in self.rows if row["task"] == task and row["length"] == length]
+        numbers = [score for score in scores if score is not None]
+        return statistics.fmean(numbers) if numbers else None
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What lies in a run's folder."""
+
+    folder: Path
+    config: dict[str, Any]
+    config_toml: str
+    environment: dict[str, Any]
+    metrics: list[Row]
+    evals: list[Row]
+
+    @cached_property
+    def stages(self) -> list[StageFacts]:
+        step, start, stages = self.config.get("tokens_per_step", 1), 0, []
+        for index, table in enumerate(self.config.get("context", {}).get("stages", [])):
+            until = math.ceil(table["until_tokens"] / step) * step
+            mixture = ", ".join(f"{name} {share:g}" for name, share in table.get("mixture", {}).items())
+            rotary = _one_line(table.get("rotary", {}))
+            stages.append(StageFacts(index, start, until, table["sequence_length"], rotary, mixture or "as weighted"))
+            start = until
+        return stages
+
+    @cached_property
+    def snapshots(self) -> list[Snapshot]:
+        """One for each stage that was evaluated, in order."""
+        found = []
+        for stage in self.stages:
+            inside = [row for row in self.evals if self.stage_of(row) == stage]
+            step = max((row["step"] for row in inside), default=None)
+            rows = tuple(row for row in inside if row["step"] == step)
+            found += [Snapshot(stage, rows[0]["step"], rows[0]["tokens"], rows)] if rows else []
+        return found
+
+    @property
+    def tokens(self) -> int:
+        return max((row["tokens"] for row in (*self.metrics, *self.evals)), default=0)
+
+    def stage_of(self, row: Row) -> StageFacts | None:
+        """The stage a row was measured in; what is measured at a boundary belongs to the stage that ends there."""
+        if row.get("stage") is not None and row["stage"] < len(self.stages):
+            return self.stages[row["stage"]]
+        return next((stage for stage in self.stages if row["tokens"] <= stage.until_tokens), None)
+
+    def tasks(self, kind: str) -> list[str]:
+        """The tasks of one kind that were asked: `held_out` finds `held_out/web` and `held_out/code`."""
+        return list(dict.fromkeys(row["task"] for row in self.evals if row["task"].partition("/")[0] == kind))
+
+    def column(self, key: str) -> tuple[list[float], list[float | None]]:
+        """(tokens, values) of one key of metrics.jsonl."""
+        rows = [row for row in self.metrics if key in row]
+        return [row["tokens"] for row in rows], [row[key] for row in rows]
+
+    def training_seconds(self) -> float:
+        """Time in training steps, evaluations and pauses left out."""
+        seconds, before = 0.0, 0
+        for row in self.metrics:
+            if row.get("tokens_per_second"):
+                seconds += (row["tokens"] - before) / row["tokens_per_second"]
+            before = row["tokens"]
+        return seconds
+
+
+def read_run(folder: Path) -> RunFacts:
+    """What a run's folder says; only config.toml has to be there."""
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise Refusal(f"{folder}: holds no config.toml, so it is no run; give a folder below runs/")
+    config_toml = path.read_text(encoding="utf-8")
+    environment = folder / "environment.json"
+    try:
+        config = tomllib.loads(config_toml)
+        described = json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {}
+    except ValueError as error:
+        raise Refusal(f"{folder}: config.toml or environment.json cannot be read: {error}") from None
+    metrics, evals = read_rows(folder / "metrics.jsonl"), read_rows(folder / "evals.jsonl")
+    return RunFacts(folder.resolve(), config, config_toml, described, metrics, evals)
+
+
+def _one_line(table: Any) -> str:
+    if not isinstance(table, dict):
+        return str(table)
+    rest = ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in table.items()
+        if key != "kind"
+    )
+    return f"{table.get('kind', '')} ({rest})" if rest else str(table.get("kind", ""))

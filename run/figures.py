@@ -1,0 +1,195 @@
+"""The pictures of a report, on a transparent ground; nothing here knows of files or HTML.
+
+They are drawn for a light page; a dark one inverts their lightness and keeps their hues.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from run.metrics import short
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float | None]]]
+"""Name of a line -> (x, y); a y of None leaves a gap."""
+DPI = 150
+INK, FAINT, GRID, GROUND = "#22272e", "#6b7480", "#e3e6ea", "#ffffff"
+COLOURS = ("#3f7fd0", "#e0803a", "#35a079", "#c9506a", "#8d6fd1", "#a3892e", "#3aa0b5", "#8a8f98")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A place on the axis of tokens where a stage begins."""
+
+    tokens: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes: lines against tokens, or against what `x_label` says."""
+
+    title: str
+    series: Series
+    y_label: str = ""
+    x_label: str = "tokens"
+    is_smoothed: bool = False
+    is_dotted: bool = False
+    """Draw each measured point as well as the line."""
+    y_range: tuple[float | None, float | None] = (None, None)
+    counts_y: bool = False
+    """Write the y axis as 10K, 2M."""
+
+
+def panels(content: Sequence[Panel], marks: Sequence[Mark] = (), columns: int = 1) -> "Figure":
+    """Panels in one row of so many columns, stage marks on those whose axis is tokens."""
+    figure = _figure(3.3 if columns == 1 else 2.5)
+    row = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in row[len(content) :]:
+        axes.set_axis_off()
+    for axes, panel in zip(row, content, strict=False):
+        _draw_panel(axes, panel)
+        if panel.x_label == "tokens":
+            _draw_marks(axes, marks)
+    return figure
+
+
+def expert_load(load_LE: Sequence[Sequence[float]], y_label: str, extent: tuple[float, float]) -> "Figure":
+    """Shares of the load over the mean share: a column an expert, a row a layer or, `extent` in tokens, a time."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    num_experts = len(load_LE[0])
+    figure = _figure(max(1.5, min(3.4, 0.9 + 0.34 * len(load_LE))))
+    axes = figure.subplots()
+    colours = LinearSegmentedColormap.from_list("load", ["#2f6fb5", GROUND, "#d9642f"])
+    values = [[share * num_experts for share in row] for row in load_LE]
+    box = (-0.5, num_experts - 0.5, extent[1], extent[0])
+    image = axes.imshow(values, cmap=colours, vmin=0, vmax=2, aspect="auto", interpolation="nearest", extent=box)
+    _style(axes)
+    axes.grid(visible=False)
+    axes.set_xlabel("expert", color=FAINT, fontsize=9)
+    axes.set_ylabel(y_label, color=FAINT, fontsize=9)
+    if len(load_LE) <= 12 and extent == (-0.5, len(load_LE) - 0.5):
+        axes.set_yticks(range(len(load_LE)))
+    axes.set_xticks(range(0, num_experts, max(1, num_experts // 16)))
+    bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=12)
+    bar.set_ticks([0, 1, 2], labels=["0", "1 = even", "2×"])
+    bar.ax.tick_params(colors=FAINT, labelsize=8.5, length=0)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def png(figure: "Figure") -> bytes:
+    """The figure's PNG; the same figure gives the same bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def encode(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def smooth(values: Sequence[float | None], share: float = 0.04) -> list[float]:
+    """The mean over about `share` of the points, half before and half after each; gaps are left out."""
+    half = max(1, round(share * len(values) / 2))
+    smoothed = []
+    for place in range(len(values)):
+        # The window shrinks towards both ends, so that it stays centred and a steep start is not dragged along.
+        reach = min(half, place, len(values) - 1 - place)
+        window = [value for value in values[place - reach : place + reach + 1] if value is not None]
+        smoothed.append(sum(window) / len(window) if window else math.nan)
+    return smoothed
+
+
+def _figure(height: float) -> "Figure":
+    """As wide as the page, with margins in inches: an automatic layout would draw everything several times."""
+    from matplotlib.figure import Figure
+
+    width, left, right, top, bottom, gap = 9.6, 0.68, 0.12, 0.34, 0.48, 0.66
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    columns_width = (width - left - right) / 3
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - right / width,
+        top=1 - top / height,
+        bottom=bottom / height,
+        wspace=gap / (columns_width - gap),
+    )
+    return figure
+
+
+def _draw_panel(axes: "Axes", panel: Panel) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    number_format = FuncFormatter(lambda value, _: short(value))
+    _style(axes)
+    for number, (name, (x, y)) in enumerate(panel.series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        points: Any = [math.nan if value is None else value for value in y]
+        if panel.is_smoothed and len(points) > 20:
+            axes.plot(x, points, color=colour, alpha=0.25, linewidth=0.8)
+            points = smooth(points)
+        # One point makes no line.
+        marker = "o" if panel.is_dotted or len(points) == 1 else ""
+        axes.plot(x, points, color=colour, linewidth=1.7, marker=marker, markersize=3.6, label=name, clip_on=True)
+    axes.set_title(panel.title, loc="left", fontsize=10, color=INK, weight="bold", pad=8)
+    axes.set_xlabel(panel.x_label, color=FAINT, fontsize=9)
+    axes.set_ylabel(panel.y_label, color=FAINT, fontsize=9)
+    axes.xaxis.set_major_formatter(number_format)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    if panel.counts_y:
+        axes.yaxis.set_major_formatter(number_format)
+    axes.set_ylim(*_limits(panel))
+    if len(panel.series) > 1:
+        axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, handlelength=1.4)
+
+
+def _limits(panel: Panel) -> tuple[float | None, float | None]:
+    """The panel's own limits, or, for a noisy line, limits that its first few points do not stretch."""
+    values = sorted(
+        value for _, y in panel.series.values() for value in y if value is not None and math.isfinite(value)
+    )
+    if panel.y_range[0] == 0.0 and values and values[-1] == 0.0:
+        return 0.0, 1.0
+    if panel.y_range != (None, None) or not panel.is_smoothed or len(values) < 50:
+        return panel.y_range
+    low, high = values[0], values[int(0.97 * len(values))]
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - room, high + 2 * room
+
+
+def _draw_marks(axes: "Axes", marks: Sequence[Mark]) -> None:
+    for mark in marks:
+        axes.axvline(mark.tokens, color=FAINT, linewidth=1.0, linestyle=(0, (3, 3)), zorder=1)
+        axes.annotate(
+            mark.label,
+            xy=(mark.tokens, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(-4, -3),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            rotation=90,
+            fontsize=8,
+            color=FAINT,
+            bbox={"facecolor": GROUND, "edgecolor": "none", "pad": 1.0, "alpha": 0.8},
+        )
+
+
+def _style(axes: "Axes") -> None:
+    axes.figure.patch.set_alpha(0)
+    axes.patch.set_alpha(0)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.tick_params(colors=FAINT, labelsize=8.5, length=0)

@@ -1,0 +1,136 @@
+"""What a run says about itself while it goes: metrics, evaluations, the terminal, the report."""
+
+import contextlib
+import math
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from context.stages import Stage
+from data.batches import Batch
+from data.tokenizer import Tokenizer
+from evals import heatmap
+from evals.harness import Cell
+from moe.balance import RoutingMeter
+from run.metrics import Metrics, ProgressLine
+from run.report import write_report
+from run.start import Run
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: all that a resume has to know, for the data and the schedules are functions of it."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did; tensors stay on the device until they are logged."""
+
+    loss: Tensor
+    """Mean nats of a target token, unweighted, over all ranks."""
+    gradient_norm: Tensor
+    """Before clipping."""
+    routing: RoutingMeter
+    microbatches: list[Batch]
+
+
+class Recorder:
+    """Writes the rows of metrics.jsonl and evals.jsonl, draws the terminal, and leaves the report behind.
+
+    On ranks other than the main one it only keeps the clock.
+    """
+
+    def __init__(self, run: Run, tokenizer: Tokenizer, progress: Progress) -> None:
+        self.run, self.tokenizer = run, tokenizer
+        config = run.config
+        self.metrics = self.line = None
+        if run.world.is_main:
+            self.metrics = Metrics(run.folder, progress.step, config.log.tensorboard)
+            self.line = ProgressLine(config.name, config.total_tokens)
+        if progress.step:
+            run.say(f"{run.folder}: continues at step {progress.step}, {progress.tokens:,} tokens")
+        self._restart_window()
+
+    @contextlib.contextmanager
+    def profile(self, progress: Progress) -> Iterator[None]:
+        """Wraps one training step; inside the configured window torch's profiler watches it."""
+        window = self.run.config.profile
+        if window is None or not window.start_step <= progress.step < window.start_step + window.num_steps:
+            yield
+            return
+        with torch.profiler.profile(record_shapes=True, profile_memory=True) as profiler:
+            yield
+        folder = self.run.folder / "profile"
+        folder.mkdir(exist_ok=True)
+        profiler.export_chrome_trace(str(folder / f"step_{progress.step:08d}_rank_{self.run.world.rank}.json"))
+
+    def record(self, progress: Progress, stage: Stage, report: StepReport, learning_rate: float) -> None:
+        """Write a row when one is due: the only place of the loop where the host waits for the device."""
+        config = self.run.config
+        self._window_tokens += config.tokens_per_step
+        if progress.step % config.log.every_steps and progress.tokens < config.total_tokens:
+            return
+        loss = float(report.loss)
+        row = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "stage": stage.index,
+            "sequence_length": stage.sequence_length,
+            "loss": loss,
+            "bits_per_byte": loss / math.log(2) / self._bytes_per_target(report.microbatches),
+            "learning_rate": learning_rate,
+            "gradient_norm": float(report.gradient_norm),
+            "tokens_per_second": self._window_tokens / (time.monotonic() - self._window_start),
+            "peak_memory_bytes": peak_memory(self.run.device),
+            "documents": sum(len(batch.lengths) for batch in report.microbatches),
+            **report.routing.report(),
+        }
+        if self.metrics is not None and self.line is not None:
+            self.metrics.log(row)
+            self.line.update(row)
+        if not math.isfinite(loss):
+            self.run.say(f"step {progress.step}: the loss is {loss}; lower optimizer.learning_rate or check the data")
+        self._restart_window()
+
+    def _bytes_per_target(self, microbatches: list[Batch]) -> float:
+        labels_N = torch.cat([batch.labels_BT[batch.labels_BT >= 0] for batch in microbatches]).numpy()
+        return self.tokenizer.num_bytes(labels_N) / max(len(labels_N), 1)
+
+    def record_evals(self, progress: Progress, stage: Stage, cells: Sequence[Cell]) -> None:
+        """Write the cells of one evaluation; at a stage's end show the needle grid and renew the report."""
+        if self.metrics is not None and self.line is not None:
+            where = {"stage": stage.index, "trained_length": stage.sequence_length}
+            rows = [{**cell.row(progress.step, progress.tokens), **where} for cell in cells]
+            self.metrics.log_evals(progress.step, progress.tokens, rows)
+            if progress.tokens == stage.until_tokens and any(cell.task == "needle" for cell in cells):
+                title = f"needle after stage {stage.index + 1}"
+                heatmap.show([heatmap.make_grid(cells, title, stage.sequence_length)], self.line.console)
+            if progress.tokens == stage.until_tokens < self.run.config.total_tokens:  # the last is written by close
+                write_report(self.run.folder)
+        self.run.world.wait()
+        self._restart_window()
+
+    def close(self) -> None:
+        """Close the files and write the report one last time."""
+        if self.metrics is None or self.line is None:
+            return
+        self.line.close()
+        self.metrics.close()
+        self.run.say(f"report: {write_report(self.run.folder)}")
+
+    def _restart_window(self) -> None:
+        self._window_start, self._window_tokens = time.monotonic(), 0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's largest resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,216 @@
+"""The sections of a report: from the rows of a run to its pictures, each with the sentence that says how to read it."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from evals import heatmap
+from evals.harness import Cell
+from run.facts import RunFacts, Snapshot
+from run.figures import Mark, Panel, encode, expert_load, panels, png
+from run.metrics import Row
+
+MOE_KEYS = {
+    "max_violation": "busiest expert (0: even)",
+    "router_entropy": "router entropy (1: even)",
+    "balance_loss": "balance loss (1: even)",
+    "dead_experts": "experts without a token",
+    "router_z_loss": "router z-loss",
+}
+FROM_ZERO = ("max_violation", "dead_experts", "router_z_loss", "tokens_per_second")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One PNG, base64; one that `is_framed` has its own white ground, another takes the page's."""
+
+    alt: str
+    png: str
+    is_framed: bool = False
+
+
+@dataclass(frozen=True)
+class ReportSection:
+    title: str
+    text: str
+    pictures: list[Picture] = field(default_factory=list)
+
+
+def sections_of(facts: RunFacts) -> list[ReportSection]:
+    """The sections a run has numbers for, in reading order."""
+    builders: tuple[Callable[[RunFacts], Iterable[ReportSection]], ...] = (
+        needle,
+        loss,
+        held_out,
+        positions,
+        experts,
+        pace,
+    )
+    return [section for build in builders for section in build(facts)]
+
+
+def needle(facts: RunFacts) -> Iterable[ReportSection]:
+    """The needle grid at the end of each stage, side by side."""
+    pictures = []
+    for task in facts.tasks("needle"):
+        grids = []
+        for snapshot in facts.snapshots:
+            cells = [Cell.from_row(_scored(row)) for row in snapshot.rows if row["task"] == task]
+            if any(cell.depth is not None for cell in cells):
+                grids.append(heatmap.make_grid(cells, snapshot.title, snapshot.stage.sequence_length, task=task))
+        if grids:
+            pictures.append(Picture(f"{task} scores by length and depth", encode(heatmap.png(grids)), is_framed=True))
+    if pictures:
+        yield ReportSection(
+            "Needle in a haystack",
+            "A key and its value are hidden in held-out text and asked for at its end. A square is the share of "
+            "samples whose whole value the model reads back, by the text's length and by how deep the needle lies. The "
+            "dashed line is the longest sequence trained on so far.",
+            pictures,
+        )
+
+
+def loss(facts: RunFacts) -> Iterable[ReportSection]:
+    """Training loss against tokens."""
+    tokens, values = facts.column("loss")
+    if tokens:
+        content = [Panel("training loss", {"loss": (tokens, values)}, "nats per token", is_smoothed=True)]
+        yield ReportSection(
+            "Training",
+            "Mean loss of a target token over a step. A dashed line is where the next stage begins: sequence length, "
+            "positions and the mix of data may change there, and the loss with them.",
+            [_picture("training loss against tokens", content, facts)],
+        )
+
+
+def held_out(facts: RunFacts) -> Iterable[ReportSection]:
+    """Bits per byte of held-out text against tokens, a line a length."""
+    content = []
+    for task in facts.tasks("held_out"):
+        rows = [row for row in facts.evals if row["task"] == task]
+        lengths = sorted({row["length"] for row in rows})
+        series = {f"length {length}": _against_tokens(rows, length) for length in lengths}
+        content.append(Panel(task.partition("/")[2] or "held out", series, "bits per byte", is_dotted=True))
+    if content:
+        yield ReportSection(
+            "Held-out text",
+            "Bits per byte of text nobody trained on, when the model may look back over so many tokens and no further. "
+            "Where a model uses its context, the line of the longer length lies below that of the shorter.",
+            [_picture("bits per byte against tokens", part, facts, len(part)) for part in _in_rows(content)],
+        )
+
+
+def positions(facts: RunFacts) -> Iterable[ReportSection]:
+    """Bits per byte by position in a long document, at the end of each stage."""
+    content = []
+    for task in facts.tasks("positions"):
+        series = {snapshot.title: _by_position(snapshot, task) for snapshot in facts.snapshots}
+        series = {title: line for title, line in series.items() if line[0]}
+        title = task.partition("/")[2] or "by position"
+        content.append(Panel(title, series, "bits per byte", "position in the document", is_dotted=True))
+    if content:
+        yield ReportSection(
+            "Loss by position",
+            "The same long documents, cut into stretches. The line falls as far as the model uses what came before, "
+            "and rises where positions are beyond what it can handle.",
+            [_picture("bits per byte by position", part, facts, len(part)) for part in _in_rows(content)],
+        )
+
+
+def experts(facts: RunFacts) -> Iterable[ReportSection]:
+    """How even the experts' load is over time, and who has it at the end."""
+    content = _curves(facts, MOE_KEYS)
+    pictures = [_picture("balance of the experts over time", part, facts, 3) for part in _in_rows(content, 3)]
+    pictures += list(_load_over_time(facts))
+    pictures += list(_load_by_layer(facts))
+    if pictures:
+        yield ReportSection(
+            "Experts",
+            "Whether the router uses all experts. The busiest expert is given as its load over the mean load, minus 1. "
+            "In squares, the colour of the page is an even share, blue is less and orange is more.",
+            pictures,
+        )
+
+
+def pace(facts: RunFacts) -> Iterable[ReportSection]:
+    """Learning rate, gradient norm, throughput and memory against tokens."""
+    titles = {
+        "learning_rate": "learning rate",
+        "gradient_norm": "gradient norm before clipping",
+        "tokens_per_second": "tokens per second",
+    }
+    content = _curves(facts, titles)
+    if content:
+        text = "What the optimizer was told, what it met, and how fast it went."
+        yield ReportSection("Schedule and speed", text, [_picture("schedule and speed", content, facts, 3)])
+
+
+def _curves(facts: RunFacts, titles: Mapping[str, str]) -> list[Panel]:
+    """A panel for each key of metrics.jsonl that holds numbers."""
+    content = []
+    for key, title in titles.items():
+        tokens, values = facts.column(key)
+        if any(value is not None for value in values):
+            is_smoothed, y_range = key != "learning_rate", (0.0 if key in FROM_ZERO else None, None)
+            counts_y = key == "tokens_per_second"
+            series = {key: (tokens, values)}
+            content.append(Panel(title, series, is_smoothed=is_smoothed, y_range=y_range, counts_y=counts_y))
+    return content
+
+
+def _load_over_time(facts: RunFacts) -> Iterable[Picture]:
+    """One row of the picture for each evaluation: shares of the load by expert, mean over layers."""
+    for task in facts.tasks("routing"):
+        by_tokens: dict[int, list[list[float]]] = {}
+        for row in facts.evals:
+            if row["task"] == task:
+                by_tokens.setdefault(row["tokens"], []).append(_load(row))
+        if len(by_tokens) > 1:
+            over_time = [
+                [sum(column) / len(column) for column in zip(*layers, strict=True)] for layers in by_tokens.values()
+            ]
+            extent = (min(by_tokens), max(by_tokens))
+            source = task.partition("/")[2]
+            figure = expert_load(load_LE=over_time, y_label=f"tokens ({source})", extent=extent)
+            yield Picture(f"load of each expert over time on held-out {source}, mean over layers", encode(png(figure)))
+
+
+def _load_by_layer(facts: RunFacts) -> Iterable[Picture]:
+    for task in facts.tasks("routing"):
+        rows = [row for row in facts.snapshots[-1].rows if row["task"] == task] if facts.snapshots else []
+        load_LE = [_load(row) for row in sorted(rows, key=lambda row: row.get("layer", 0))]
+        if load_LE and all(load_LE):
+            source = task.partition("/")[2]
+            figure = expert_load(load_LE=load_LE, y_label=f"layer ({source})", extent=(-0.5, len(load_LE) - 0.5))
+            yield Picture(f"load of each expert by layer on held-out {source}", encode(png(figure)))
+
+
+def _load(row: Row) -> list[float]:
+    shares = {int(key.removeprefix("load_")): value for key, value in row.items() if key.startswith("load_")}
+    return [shares[expert] for expert in sorted(shares)]
+
+
+def _picture(alt: str, content: Sequence[Panel], facts: RunFacts, columns: int = 1) -> Picture:
+    marks = [Mark(stage.start_tokens, f"length {stage.sequence_length}") for stage in facts.stages[1:]]
+    marks = [mark for mark in marks if mark.tokens <= facts.tokens]
+    return Picture(alt, encode(png(panels(content=content, marks=marks, columns=columns))))
+
+
+def _in_rows(content: Sequence[Panel], at_most: int = 2) -> list[Sequence[Panel]]:
+    return [content[start : start + at_most] for start in range(0, len(content), at_most)]
+
+
+def _against_tokens(rows: Sequence[Row], length: int) -> tuple[list[float], list[float | None]]:
+    chosen = sorted((row for row in rows if row["length"] == length), key=lambda row: row["tokens"])
+    return [row["tokens"] for row in chosen], [row["score"] for row in chosen]
+
+
+def _by_position(snapshot: Snapshot, task: str) -> tuple[list[float], list[float | None]]:
+    rows = sorted(
+        (row for row in snapshot.rows if row["task"] == task and "start" in row), key=lambda row: row["start"]
+    )
+    return [(row["start"] + row["stop"]) / 2 for row in rows], [row["score"] for row in rows]
+
+
+def _scored(row: Row) -> Row:
+    return {**row, "score": math.nan} if row["score"] is None else row

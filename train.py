@@ -1,0 +1,132 @@
+"""Pretrain one model from one configuration: `python train.py CONFIG [section.key=value ...]`."""
+
+import argparse
+import sys
+
+import torch
+
+from attention.mask import Documents
+from context.stages import Stage, Stages
+from data.batches import Batch, Batches
+from evals.harness import Materials
+from evals.suite import check_suite, is_due, run_suite
+from model.initialize import initialize
+from model.loss import cross_entropy
+from model.size import count
+from model.transformer import Transformer, build_model
+from moe.balance import RoutingMeter, balance_objective, update_biases
+from moe.router import Router
+from optim.groups import Optimizer, build_optimizer
+from optim.schedule import learning_rate
+from parallel.apply import prepare_layers
+from parallel.replicate import sum_gradients
+from run.checkpoint import Checkpoints
+from run.config import RunConfig, load_config, show
+from run.record import Progress, Recorder, StepReport
+from run.start import Run, refusing, start
+from settings import to_toml
+
+
+def main(config: RunConfig, *, fresh: bool = False) -> None:
+    """One run, from its start or from its newest good checkpoint, to its end or to a signal."""
+    run = start(config, fresh=fresh)
+    stages = Stages(config.context.stages, config.tokens_per_step)
+    with run.world.main_first():
+        batches = Batches(config.data, seed=config.seed, rank=run.world.rank, world_size=run.world.size)
+    for stage in stages:
+        batches.check(stage.sequence_length, stage.mixture)
+    materials = Materials(batches.tokenizer, batches.all_held_out(), run.device, run.autocast)
+    check_suite(config.evals, materials)
+    model = build_model(config.model, batches.tokenizer.vocab_size)
+    initialize(model, config.seed, run.device)
+    prepare_layers(model, compile=config.compile, recompute=config.recompute)
+    optimizer = build_optimizer(model, config.optimizer)
+    run.open_folder(batches.fingerprint, count(config.model, batches.tokenizer.vocab_size))
+    checkpoints = Checkpoints(run.folder, config.checkpoint, model, optimizer.optimizers, to_toml(config), run.say)
+    progress = Progress(**(checkpoints.restore_latest() or {}))
+    recorder = Recorder(run, batches.tokenizer, progress)
+
+    while progress.tokens < config.total_tokens and not run.should_stop():
+        stage, start_tokens = stages.at(progress.tokens), progress.tokens
+        microbatches = take_step(batches, stage, stages.first_sample(start_tokens), config)
+        progress = Progress(progress.step + 1, start_tokens + config.tokens_per_step)
+        model.use_rotary(stage.rotary)
+        optimizer.set_learning_rate(rate_at(progress.tokens, stage, config))
+        with recorder.profile(progress):
+            report = train_step(model, optimizer, microbatches, config, run)
+        recorder.record(progress, stage, report, optimizer.learning_rate)
+        if is_due(config.evals, start_tokens, progress.tokens, is_stage_end=progress.tokens == stage.until_tokens):
+            recorder.record_evals(progress, stage, run_suite(model, config.evals, materials))
+        if checkpoints.due(progress.step):
+            checkpoints.save(progress.step, vars(progress))
+    if checkpoints.latest_step != progress.step:
+        checkpoints.save(progress.step, vars(progress))
+    recorder.close()
+    run.finish()
+
+
+def take_step(batches: Batches, stage: Stage, first_sample: int, config: RunConfig) -> list[Batch]:
+    """This rank's micro-batches of the step that begins at the stage's sample `first_sample`."""
+    num_samples = config.tokens_per_step // stage.sequence_length
+    per_microbatch = config.tokens_per_microbatch or config.tokens_per_step // batches.world_size
+    rows = max(1, per_microbatch // stage.sequence_length)
+    return batches.take(stage.index, stage.sequence_length, stage.mixture, first_sample, num_samples, rows)
+
+
+def rate_at(tokens: int, stage: Stage, config: RunConfig) -> float:
+    """The learning rate of the step that ends at `tokens`: the stage's own schedule, or else the run's."""
+    rate = stage.learning_rate(tokens)
+    if rate is not None:
+        return rate
+    return config.optimizer.learning_rate * learning_rate(config.optimizer.schedule, tokens, config.total_tokens)
+
+
+def train_step(
+    model: Transformer, optimizer: Optimizer, microbatches: list[Batch], config: RunConfig, run: Run
+) -> StepReport:
+    """One optimizer step: the loss is the sum over all target tokens of all ranks, divided by their number."""
+    model.train()
+    optimizer.zero_grad()
+    targets = run.world.sum(torch.tensor(sum(batch.num_targets for batch in microbatches), device=run.device))
+    nats = torch.zeros((), device=run.device)
+    routing = RoutingMeter()
+    for batch in (batch.to(run.device) for batch in microbatches):
+        with run.autocast():
+            hidden_BTD, stats = model(batch.tokens_BT, batch.positions_BT, Documents(batch.lengths))
+            labels_N, weights_N = batch.labels_BT.flatten(), batch.weights_BT.flatten()
+            sums = cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, labels_N, weights_N, config.loss_chunk)
+        objective = sums.weighted / targets
+        if config.model.moe is not None:
+            share = batch.num_tokens / config.tokens_per_step
+            objective = objective + share * balance_objective(stats, config.model.moe)
+        objective.backward()
+        nats += sums.plain
+        routing.add(stats)
+    sum_gradients(model.parameters(), run.world)
+    for tensor in (nats, *routing.tensors()):
+        run.world.sum(tensor)
+    gradient_norm = optimizer.clip_gradients()
+    optimizer.step()
+    if config.model.moe is not None and routing.counts_LE is not None:
+        routers = (module for module in model.modules() if isinstance(module, Router))
+        update_biases(routers, routing.counts_LE, config.model.moe.balance)
+    return StepReport(nats / targets, gradient_norm, routing, microbatches)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", help="a TOML file, for example configs/quickstart.toml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values in place of the file's")
+    parser.add_argument("--show", action="store_true", help="print the resolved configuration and its stages, and exit")
+    parser.add_argument("--fresh", action="store_true", help="never continue a run: start anew in a new folder")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+
+    def enter() -> None:
+        config = load_config(arguments.config, arguments.overrides)
+        show(config) if arguments.show else main(config, fresh=arguments.fresh)
+
+    sys.exit(refusing(enter))
