@@ -1,4 +1,4 @@
-"""One thread for every test: on a machine whose cores are busy, more threads are slower, and results depend on their number."""
+"""One thread for every test: numbers depend on how many there are, and on busy cores more of them are slower."""
 
 import pytest
 import torch

@@ -1,0 +1,84 @@
+"""How large a model is and how much it computes: arithmetic on its settings, nothing is built."""
+
+from dataclasses import dataclass
+
+from model.transformer import ModelSettings, channels
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers of parameters."""
+
+    embedding: int
+    """The embedding and, unless it is tied, the head."""
+    attention: int
+    """Projections and head norms of all layers."""
+    feed_forward: int
+    """Dense layers and shared experts."""
+    router: int
+    experts: int
+    """All routed experts of all layers."""
+    norms: int
+    """The norms around blocks and the final one."""
+    active_experts: int
+    """The share of `experts` that one token meets."""
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.attention + self.feed_forward + self.router + self.experts + self.norms
+
+    @property
+    def active(self) -> int:
+        """What one token meets, the whole embedding and head included, as model cards count."""
+        return self.total - self.experts + self.active_experts
+
+
+def count(settings: ModelSettings, vocab_size: int) -> Size:
+    """The parameters of `Transformer(settings, vocab_size)`, part by part; their sum is the built model's exactly."""
+    width, attention, moe = settings.width, settings.attention, settings.moe
+    num_dense = sum(settings.feed_forward_kind(layer) == "dense" for layer in range(settings.num_layers))
+    num_moe = settings.num_layers - num_dense
+    per_expert = 3 * width * moe.expert_width if moe else 0
+    head_norms = 2 * channels(settings) if attention.head_norms else 0
+    feed_forward = num_dense * 3 * width * (settings.feed_forward_width or 0)
+    return Size(
+        embedding=vocab_size * width * (1 if settings.tied_embeddings else 2),
+        attention=settings.num_layers * (_projections(settings) + head_norms),
+        feed_forward=feed_forward + (num_moe * moe.num_shared_experts * per_expert if moe else 0),
+        router=num_moe * moe.num_experts * width if moe else 0,
+        experts=num_moe * moe.num_experts * per_expert if moe else 0,
+        norms=(2 * settings.num_layers + 1) * width,
+        active_experts=num_moe * moe.experts_per_token * per_expert if moe else 0,
+    )
+
+
+def flops_per_token(settings: ModelSettings, vocab_size: int, sequence_length: int, causal: bool = True) -> int | float:
+    """Floating-point operations of one token's forward and backward pass, matrix products only, nothing recomputed.
+
+    A product costs 2 per weight forward and 4 backward. Attention adds 12 * channels of all heads for each key a query
+    sees (PaLM, appendix B): on average (T+1)/2 in a row of T tokens, less in a window. `causal=False` counts T keys in
+    every layer, as an implementation computes that masks a full score matrix.
+    """
+    size = count(settings, vocab_size)
+    head = vocab_size * settings.width
+    head_norms = size.attention - settings.num_layers * _projections(settings)
+    weights = size.active - size.embedding - size.norms - head_norms + head
+    keys = (
+        mean_keys(sequence_length, settings.window(layer) if causal else None, causal)
+        for layer in range(settings.num_layers)
+    )
+    return 6 * weights + 12 * settings.attention.num_heads * channels(settings) * sum(keys)
+
+
+def mean_keys(sequence_length: int, window: int | None, causal: bool = True) -> float:
+    """How many keys a query of a row sees on average, itself included."""
+    if not causal:
+        return sequence_length
+    seen = min(window or sequence_length, sequence_length)
+    return (seen * (seen + 1) / 2 + (sequence_length - seen) * seen) / sequence_length
+
+
+def _projections(settings: ModelSettings) -> int:
+    """Weights of one layer's query, key, value and output projections."""
+    heads = settings.attention.num_heads + settings.attention.num_kv_heads
+    return 2 * settings.width * heads * channels(settings)

@@ -1,0 +1,159 @@
+"""The decoder: embedding, pre-norm blocks, final norm; the product with the head is left to the loss."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from attention.attention import Attention, AttentionSettings, channels_per_head
+from attention.cache import KVCache
+from attention.mask import Documents, Mask
+from context.rotary import Rotary, RotarySpec
+from model.block import Block
+from model.feed_forward import FeedForward
+from model.norm import RMSNorm
+from moe.layer import MoE, MoESettings
+from moe.router import RoutingStats
+from settings import Section
+
+
+class ModelSettings(Section):
+    """Shape of the decoder; the vocabulary comes from the tokenizer, the rotation from the stage."""
+
+    num_layers: PositiveInt
+    width: PositiveInt
+    attention: AttentionSettings
+    feed_forward_width: PositiveInt | None = None
+    """Inner width of the dense feed-forward layers."""
+    moe: MoESettings | None = None
+    """Left out: every layer is dense."""
+    num_dense_layers: int = 0
+    """The first so many layers are dense although `moe` is given."""
+    pattern: tuple[Literal["full", "window"], ...] = ("full",)
+    """What the layers attend to, repeated over the depth; `window` layers see `attention.window` tokens."""
+    tied_embeddings: bool = False
+    norm_epsilon: PositiveFloat = 1e-6
+    initial_std: PositiveFloat = 0.02
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "ModelSettings":
+        channels_per_head(self.attention, self.width)
+        if not 0 <= self.num_dense_layers <= self.num_layers:
+            raise ValueError(
+                f"num_dense_layers={self.num_dense_layers} must lie within 0 and num_layers={self.num_layers}"
+            )
+        if self.num_dense_layers and self.moe is None:
+            raise ValueError(f"num_dense_layers={self.num_dense_layers} means nothing without moe: leave it out")
+        if "dense" in map(self.feed_forward_kind, range(self.num_layers)) and self.feed_forward_width is None:
+            raise ValueError(
+                "feed_forward_width is missing, but some layers are dense; give it, or moe for every layer"
+            )
+        if not self.pattern:
+            raise ValueError('pattern=[] names no layer; leave it out, or write ["full"]')
+        if "window" in self.pattern and self.attention.window is None:
+            raise ValueError(
+                'pattern has "window" layers, but attention.window is left out; give their number of tokens'
+            )
+        if "window" not in self.pattern and self.attention.window is not None:
+            raise ValueError(
+                f"attention.window={self.attention.window} is used by no layer of pattern={list(self.pattern)}; "
+                'add "window" to the pattern or leave attention.window out'
+            )
+        return self
+
+    def feed_forward_kind(self, layer: int) -> Literal["dense", "moe"]:
+        return "dense" if self.moe is None or layer < self.num_dense_layers else "moe"
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens the layer's queries see, themselves included; None: all before them."""
+        return self.attention.window if self.pattern[layer % len(self.pattern)] == "window" else None
+
+
+class Transformer(nn.Module):
+    """Tokens to hidden states after the final norm, and the routing of every MoE layer in order of depth.
+
+    `use_rotary` chooses the rotation and must be called before the first forward. `recompute` keeps only each block's
+    input and runs the block again in the backward pass; the routing returned is that of the first run.
+    """
+
+    def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.vocab_size = vocab_size
+        self.recompute = False
+        self.rotary: Rotary | None = None
+        self.embedding = nn.Embedding(vocab_size, settings.width)
+        self.blocks = nn.ModuleList(_build_block(settings, layer) for layer in range(settings.num_layers))
+        self.norm = RMSNorm(settings.width, settings.norm_epsilon)
+        self.head = None if settings.tied_embeddings else nn.Linear(settings.width, vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D); the embedding itself when the two are tied."""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def use_rotary(self, spec: RotarySpec) -> None:
+        """Rotate queries and keys as `spec` says from the next forward on."""
+        self.rotary = Rotary(spec, channels(self.settings))
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        documents: Documents | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, tuple[RoutingStats, ...]]:
+        """Hidden states (B, T, D) and routing; multiply by `head_weight` for logits.
+
+        positions_BT: each token's place in its document; left out: counted from the row's start, or on from the cache.
+        documents: attention stays inside them; left out: each row is one document.
+        """
+        assert self.rotary is not None, "call use_rotary(spec) before the first forward"
+        if positions_BT is None:
+            start = 0 if cache is None else cache.length
+            stop = start + tokens_BT.shape[1]
+            positions_BT = torch.arange(start, stop, device=tokens_BT.device).expand_as(tokens_BT)
+        rotation = self.rotary.at(positions_BT)
+        mask = Mask(documents=documents)
+        x_BTD = self.embedding(tokens_BT)
+        all_routing = []
+        for layer, block in enumerate(self.blocks):
+            if self.recompute and torch.is_grad_enabled():
+                x_BTD, routing = checkpoint(block, x_BTD, rotation, mask, use_reentrant=False)
+            else:
+                x_BTD, routing = block(x_BTD, rotation, mask, None if cache is None else cache.layer(layer))
+            all_routing.append(routing)
+        return self.norm(x_BTD), tuple(routing for routing in all_routing if routing is not None)
+
+
+def channels(settings: ModelSettings) -> int:
+    """Channels of one attention head."""
+    return channels_per_head(settings.attention, settings.width)
+
+
+def build_model(settings: ModelSettings, vocab_size: int) -> Transformer:
+    """The model on the meta device: shapes without memory; `initialize` gives it a device and values."""
+    with torch.device("meta"):
+        return Transformer(settings, vocab_size)
+
+
+def _build_block(settings: ModelSettings, layer: int) -> Block:
+    attention = Attention(settings.attention, settings.width, window=settings.window(layer))
+    feed_forward = FEED_FORWARDS[settings.feed_forward_kind(layer)](settings)
+    return Block(attention, feed_forward, settings.width, settings.norm_epsilon)
+
+
+def _build_dense(settings: ModelSettings) -> FeedForward:
+    assert settings.feed_forward_width is not None, "checked by ModelSettings"
+    return FeedForward(settings.width, settings.feed_forward_width)
+
+
+def _build_moe(settings: ModelSettings) -> MoE:
+    assert settings.moe is not None, "checked by ModelSettings"
+    return MoE(settings.moe, settings.width)
+
+
+FEED_FORWARDS: dict[str, Callable[[ModelSettings], FeedForward | MoE]] = {"dense": _build_dense, "moe": _build_moe}

@@ -1,0 +1,140 @@
+"""Parameter and operation counts: against built models, published models and torch's own counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from context.rotary import DefaultRotary
+from model.initialize import initialize
+from model.loss import cross_entropy
+from model.size import count, flops_per_token, mean_keys
+from model.transformer import ModelSettings, build_model
+from settings import validate
+
+MIXTRAL_8X7B = {
+    "num_layers": 32,
+    "width": 4096,
+    "attention": {"num_heads": 32, "num_kv_heads": 8},
+    "moe": {"num_experts": 8, "experts_per_token": 2, "expert_width": 14336},
+}
+MIXTRAL_8X22B = {
+    "num_layers": 56,
+    "width": 6144,
+    "attention": {"num_heads": 48, "num_kv_heads": 8},
+    "moe": {"num_experts": 8, "experts_per_token": 2, "expert_width": 16384},
+}
+OLMOE_1B_7B = {
+    "num_layers": 16,
+    "width": 2048,
+    "attention": {"num_heads": 16, "num_kv_heads": 16},
+    "moe": {"num_experts": 64, "experts_per_token": 8, "expert_width": 1024},
+}
+QWEN3_30B_A3B = {
+    "num_layers": 48,
+    "width": 2048,
+    "attention": {"num_heads": 32, "num_kv_heads": 4, "channels": 128, "head_norms": True},
+    "moe": {"num_experts": 128, "experts_per_token": 8, "expert_width": 768},
+}
+LLAMA_3_1_405B = {
+    "num_layers": 126,
+    "width": 16384,
+    "attention": {"num_heads": 128, "num_kv_heads": 8},
+    "feed_forward_width": 53248,
+}
+# OLMoE normalises queries and keys over all heads at once: two weights of full width a layer that we do not build.
+OLMOE_EXTRA = 16 * 2 * 2048
+
+
+@pytest.mark.parametrize(
+    ("table", "vocab_size", "total", "active", "extra"),
+    [
+        (MIXTRAL_8X7B, 32_000, 46_702_792_704, 12_879_925_248, 0),
+        (MIXTRAL_8X22B, 32_000, 140_620_634_112, 39_152_031_744, 0),
+        (OLMOE_1B_7B, 50_304, 6_919_161_856, 1_282_017_280, OLMOE_EXTRA),
+        (QWEN3_30B_A3B, 151_936, 30_532_122_624, 3_353_032_704, 0),
+        (LLAMA_3_1_405B, 128_256, 405_853_388_800, 405_853_388_800, 0),
+    ],
+    ids=["Mixtral-8x7B", "Mixtral-8x22B", "OLMoE-1B-7B", "Qwen3-30B-A3B", "Llama-3.1-405B"],
+)
+def test_published_models_have_their_published_sizes(
+    table: dict, vocab_size: int, total: int, active: int, extra: int
+) -> None:
+    settings = validate(table, ModelSettings, "published")
+    size = count(settings, vocab_size)
+    built = build_model(settings, vocab_size)
+    assert sum(parameter.numel() for parameter in built.parameters()) + extra == total
+    assert (size.total + extra, size.active + extra) == (total, active)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tied_embeddings": True},
+        {"attention": {"num_heads": 4, "num_kv_heads": 1, "channels": 12, "head_norms": True}},
+        {"moe": {"num_experts": 5, "experts_per_token": 3, "num_shared_experts": 2}},
+        {
+            "moe": {
+                "num_experts": 4,
+                "experts_per_token": 1,
+                "expert_width": 8,
+                "router": {"kind": "softmax", "normalize": False},
+            },
+            "num_dense_layers": 2,
+        },
+    ],
+)
+def test_count_is_the_built_models_part_by_part(tiny_settings, changes: dict) -> None:
+    settings = tiny_settings(**changes)
+    built = {name: parameter.numel() for name, parameter in build_model(settings, 61).named_parameters()}
+    size = count(settings, 61)
+
+    def total(*parts: str) -> int:
+        return sum(number for name, number in built.items() if any(part in name for part in parts))
+
+    assert size.total == sum(built.values())
+    assert size.embedding == total("embedding.", "head.")
+    assert size.attention == total(".attention.")
+    assert size.experts == total(".experts.")
+    assert size.router == total(".router.")
+    assert size.feed_forward == total(".feed_forward.") - size.experts - size.router
+    if settings.moe is not None:
+        assert size.active_experts * settings.moe.num_experts == size.experts * settings.moe.experts_per_token
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_operations_equal_torchs_counter(tiny_settings, moe: bool) -> None:
+    rows, length, vocab_size = 2, 48, 61
+    # Written out as plain products: torch's counter sees neither grouped products nor the CPU's attention kernel.
+    # It counts the whole score matrix, so the masked half is in both numbers.
+    attention = {"num_heads": 4, "num_kv_heads": 2, "channels": 16, "backend": "reference"}
+    changes = {"attention": attention, "num_layers": 2}
+    if moe:
+        changes["moe"] = {"experts": "loop"}
+    settings = tiny_settings(**changes)
+    model = build_model(settings, vocab_size)
+    initialize(model, 0, "cpu")
+    model.use_rotary(DefaultRotary(base=10_000.0))
+    tokens = torch.randint(vocab_size, (rows, length))
+    with FlopCounterMode(display=False) as counter:
+        hidden, _ = model(tokens)
+        cross_entropy(hidden.flatten(0, 1), model.head_weight, tokens.flatten(), None, chunk=32).weighted.backward()
+    ours = flops_per_token(settings, vocab_size, length, causal=False) * rows * length
+    assert counter.get_total_flops() == pytest.approx(ours, rel=0.01)
+
+
+def test_causal_attention_counts_the_keys_that_are_seen() -> None:
+    for length, window in [(1, None), (7, None), (64, 16), (64, 1), (10, 64)]:
+        seen = [min(position + 1, window or length) for position in range(length)]
+        assert mean_keys(length, window) == pytest.approx(sum(seen) / length)
+    assert mean_keys(7, None, causal=False) == 7
+
+
+def test_windows_and_length_enter_the_operations(tiny_settings) -> None:
+    full = tiny_settings()
+    windowed = tiny_settings(pattern=["window", "full"], attention={"num_heads": 4, "num_kv_heads": 2, "window": 8})
+    per_key = 12 * 4 * 8
+    difference = flops_per_token(full, 61, 64) - flops_per_token(windowed, 61, 64)
+    assert difference == pytest.approx(2 * per_key * (mean_keys(64, None) - mean_keys(64, 8)))
+    growth = flops_per_token(full, 61, 128) - flops_per_token(full, 61, 64)
+    assert growth == pytest.approx(4 * per_key * 32)
