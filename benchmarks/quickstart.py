@@ -43,7 +43,7 @@ def judge(folder: Path, seed: int, seconds: float) -> Row:
         (row["tokens"], row["score"]) for row in evals if row["task"] == "held_out/python" and row["length"] == short
     ]
     speeds = sorted(row["tokens_per_second"] for row in read(folder / "metrics.jsonl"))
-    numbers = {
+    numbers: dict[str, Any] = {
         "needle_128_before": mean(evals, task="needle", length=short, tokens=before),
         "needle_512_before": mean(evals, task="needle", length=long, tokens=before),
         "needle_512_after": mean(evals, task="needle", length=long, tokens=after),

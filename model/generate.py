@@ -5,7 +5,7 @@ from torch import Tensor
 
 from attention.cache import KVCache
 from model.loss import product_dtype
-from model.transformer import Transformer, channels
+from model.transformer import Transformer
 from settings import Refusal
 
 
@@ -63,7 +63,7 @@ def new_cache(model: Transformer, rows: int, capacity: int) -> KVCache:
         rows,
         capacity,
         settings.attention.num_kv_heads,
-        channels(settings),
+        settings.channels,
         device=weight.device,
         dtype=product_dtype(weight),
     )

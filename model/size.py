@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from model.transformer import ModelSettings, channels
+from model.transformer import ModelSettings
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def count(settings: ModelSettings, vocab_size: int) -> Size:
     num_dense = sum(settings.feed_forward_kind(layer) == "dense" for layer in range(settings.num_layers))
     num_moe = settings.num_layers - num_dense
     per_expert = 3 * width * moe.expert_width if moe else 0
-    head_norms = 2 * channels(settings) if attention.head_norms else 0
+    head_norms = 2 * settings.channels if attention.head_norms else 0
     feed_forward = num_dense * 3 * width * (settings.feed_forward_width or 0)
     return Size(
         embedding=vocab_size * width * (1 if settings.tied_embeddings else 2),
@@ -67,7 +67,7 @@ def flops_per_token(settings: ModelSettings, vocab_size: int, sequence_length: i
         mean_keys(sequence_length, settings.window(layer) if causal else None, causal)
         for layer in range(settings.num_layers)
     )
-    return 6 * weights + 12 * settings.attention.num_heads * channels(settings) * sum(keys)
+    return 6 * weights + 12 * settings.attention.num_heads * settings.channels * sum(keys)
 
 
 def mean_keys(sequence_length: int, window: int | None, causal: bool = True) -> float:
@@ -81,4 +81,4 @@ def mean_keys(sequence_length: int, window: int | None, causal: bool = True) -> 
 def _projections(settings: ModelSettings) -> int:
     """Weights of one layer's query, key, value and output projections."""
     heads = settings.attention.num_heads + settings.attention.num_kv_heads
-    return 2 * settings.width * heads * channels(settings)
+    return 2 * settings.width * heads * settings.channels

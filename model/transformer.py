@@ -45,6 +45,7 @@ class ModelSettings(Section):
             raise ValueError(
                 f"num_dense_layers={self.num_dense_layers} must lie within 0 and num_layers={self.num_layers}"
             )
+        channels_per_head(self.attention, self.width)
         if self.num_dense_layers and self.moe is None:
             raise ValueError(f"num_dense_layers={self.num_dense_layers} means nothing without moe: leave it out")
         if "dense" in map(self.feed_forward_kind, range(self.num_layers)) and self.feed_forward_width is None:
@@ -63,6 +64,11 @@ class ModelSettings(Section):
                 'add "window" to the pattern or leave attention.window out'
             )
         return self
+
+    @property
+    def channels(self) -> int:
+        """Channels of one attention head."""
+        return channels_per_head(self.attention, self.width)
 
     def feed_forward_kind(self, layer: int) -> Literal["dense", "moe"]:
         return "dense" if self.moe is None or layer < self.num_dense_layers else "moe"
@@ -97,7 +103,7 @@ class Transformer(nn.Module):
 
     def use_rotary(self, spec: RotarySpec) -> None:
         """Rotate queries and keys as `spec` says from the next forward on."""
-        self.rotary = Rotary(spec, channels(self.settings))
+        self.rotary = Rotary(spec, self.settings.channels)
 
     def forward(
         self,
@@ -127,11 +133,6 @@ class Transformer(nn.Module):
                 x_BTD, routing = block(x_BTD, rotation, mask, None if cache is None else cache.layer(layer))
             all_routing.append(routing)
         return self.norm(x_BTD), tuple(routing for routing in all_routing if routing is not None)
-
-
-def channels(settings: ModelSettings) -> int:
-    """Channels of one attention head."""
-    return channels_per_head(settings.attention, settings.width)
 
 
 def build_model(settings: ModelSettings, vocab_size: int) -> Transformer:

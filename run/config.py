@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from context.rotary import frequencies
 from context.stages import ContextSettings, Stages
 from data.batches import DataSettings
 from evals.suite import EvalsSettings
@@ -75,6 +76,15 @@ class RunConfig(Section):
                 _check_divides(key, stage.sequence_length, "tokens_per_microbatch", self.tokens_per_microbatch)
         if self.tokens_per_microbatch is not None:
             _check_divides("tokens_per_microbatch", self.tokens_per_microbatch, "tokens_per_step", self.tokens_per_step)
+        return self
+
+    @model_validator(mode="after")
+    def check_rotation(self) -> "RunConfig":
+        for number, stage in enumerate(self.context.stages):
+            try:
+                frequencies(stage.rotary, self.model.channels)
+            except ValueError as error:
+                raise ValueError(f"context.stages.{number}.rotary: {error}") from None
         return self
 
     @model_validator(mode="after")

@@ -187,6 +187,8 @@ def test_refused_before_anything_is_written(here: Path, overrides: list[str], ex
         ("tokens_per_microbatch=300", "tokens_per_microbatch=300"),
         ("optimizer.lerning_rate=1", "learning_rate"),
         ("model.width='16'", "model.width"),
+        ("model.width=17", "num_heads=2 must divide width=17"),
+        ("model.attention.channels=7", "channels=7 must be even"),
         ("model.moe.router.kind=softmax", "selection bias"),
     ],
 )
@@ -209,6 +211,21 @@ def test_a_dense_model_trains(here: Path) -> None:
     model = config.model.model_copy(update={"moe": None, "num_dense_layers": 0})
     train.main(config.model_copy(update={"name": "dense", "model": model}))
     assert "balance_loss" not in rows("dense")[0]
+
+
+def test_bf16_trains_too(here: Path) -> None:
+    train.main(tiny("name=fp32"))
+    train.main(tiny("name=bf16", "precision=bf16"))
+    for ours, theirs in zip(rows("bf16"), rows("fp32"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.02)
+    assert numbers("bf16") != numbers("fp32")
+
+
+def test_muon_a_window_pattern_and_a_schedule(here: Path) -> None:
+    settings = ["optimizer.kind=muon", "optimizer.schedule={kind = 'wsd', warmup_tokens = 1024}"]
+    train.main(tiny("model.attention.window=16", 'model.pattern=["window", "full"]', *settings))
+    recorded = rows("tiny")
+    assert recorded[-1]["loss"] < recorded[0]["loss"]
 
 
 def test_a_profile_window_is_written(here: Path) -> None:

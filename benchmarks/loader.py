@@ -1,0 +1,65 @@
+"""How fast data gets ready: rows a second against what the model takes, and tokenising in MB/s of text on one core."""
+
+import argparse
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import keep
+from data.batches import Batches
+from data.corpus import local_python
+from data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, train_bpe
+from run.config import RunConfig, load_config
+
+Row = dict[str, Any]
+
+
+def loading(config: RunConfig, steps: int) -> list[Row]:
+    """Tokens a second of `Batches.take` at each stage of the configuration, one step at a time."""
+    batches = Batches(config.data, seed=0)
+    rows = []
+    for index, stage in enumerate(config.context.stages):
+        samples = config.tokens_per_step // stage.sequence_length
+        batches.take(index, stage.sequence_length, stage.mixture, 0, samples, samples)  # packs the epoch
+        begin = time.perf_counter()
+        for step in range(1, steps + 1):
+            batches.take(index, stage.sequence_length, stage.mixture, step * samples, samples, samples)
+        speed = steps * config.tokens_per_step / (time.perf_counter() - begin)
+        rows.append({"what": "loader", "length": stage.sequence_length, "tokens_per_second": round(speed)})
+    return rows
+
+
+def tokenising(name: str, tokenizer: Tokenizer, texts: list[bytes]) -> Row:
+    begin = time.perf_counter()
+    for text in texts:
+        tokenizer.encode_bytes(text)
+    speed = sum(map(len, texts)) / (time.perf_counter() - begin)
+    return {"what": "tokenising", "tokenizer": name, "megabytes_per_second": round(speed / 1e6, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="configs/quickstart.toml")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/loader.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = loading(load_config(arguments.config, []), arguments.steps)
+    texts = [document.text for document in islice(local_python(), 400)]
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = Path(folder) / "bpe.json"
+        train_bpe([text.decode() for text in texts[:100]], 8192, vocabulary)
+        rows.append(tokenising("bpe 8192", BpeTokenizer(vocabulary), texts))
+    rows.append(tokenising("byte", ByteTokenizer(), texts))
+    for row in rows:
+        print(row)
+    if arguments.keep:
+        print(keep("loader", rows))
+
+
+if __name__ == "__main__":
+    main()
