@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from run.start import commit, machine
+from run.environment import commit, machine
 
 RESULTS = Path(__file__).parent / "results"
 

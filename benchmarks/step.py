@@ -1,4 +1,4 @@
-"""A training step on this machine against transformers' Llama and Mixtral of the same shape, in the same process.
+"""A training step, on CPU or GPU, against transformers' Llama and Mixtral of the same shape in the same process.
 
 Width 256, 4 layers, 8 experts top-2, 8 x 512 tokens, AdamW, clipping. The rivals take turns, so that a change in the
 machine's load hits all of them; the ratio of the medians is the result.
@@ -20,7 +20,7 @@ from benchmarks.record import keep
 from context.rotary import DefaultRotary
 from model.initialize import initialize
 from model.loss import cross_entropy
-from model.transformer import ModelSettings, Transformer
+from model.transformer import ModelSettings, build_model
 from moe.balance import balance_objective
 from moe.layer import MoESettings
 
@@ -32,6 +32,7 @@ Step = Callable[[], float]
 
 
 def ours(kind: str, tokens_BT: torch.Tensor, precision: torch.dtype) -> Step:
+    device = tokens_BT.device
     moe = MoESettings(num_experts=EXPERTS, experts_per_token=PER_TOKEN, expert_width=EXPERT_WIDTH)
     settings = ModelSettings(
         num_layers=LAYERS,
@@ -40,20 +41,20 @@ def ours(kind: str, tokens_BT: torch.Tensor, precision: torch.dtype) -> Step:
         attention=AttentionSettings(num_heads=HEADS, num_kv_heads=KV_HEADS),
         moe=moe if kind == "moe" else None,
     )
-    with torch.device("meta"):
-        model = Transformer(settings, VOCAB)
-    initialize(model, 0, torch.device("cpu"))
+    model = build_model(settings, VOCAB)
+    initialize(model, 0, device)
     model.use_rotary(DefaultRotary(base=10_000.0))
-    labels_BT = torch.cat([tokens_BT[:, 1:], torch.full((ROWS, 1), -100)], dim=1)
-    weights_BT = torch.ones(labels_BT.shape)
+    labels_BT = torch.cat([tokens_BT[:, 1:], torch.full((ROWS, 1), -100, device=device)], dim=1)
+    weights_BT = torch.ones(labels_BT.shape, device=device)
     documents = Documents((LENGTH,) * ROWS)
 
     def loss() -> torch.Tensor:
         hidden_BTD, stats = model(tokens_BT, None, documents)
-        sums = cross_entropy(hidden_BTD, model.head_weight, labels_BT, weights_BT, 4096)
+        hidden_ND, labels_N, weights_N = hidden_BTD.flatten(0, 1), labels_BT.flatten(), weights_BT.flatten()
+        sums = cross_entropy(hidden_ND, model.head_weight, labels_N, weights_N, 4096)
         return sums.weighted / (ROWS * (LENGTH - 1)) + (balance_objective(stats, moe) if stats else 0.0)
 
-    return stepper(model, loss, precision)
+    return stepper(model, loss, precision, device)
 
 
 def theirs(kind: str, tokens_BT: torch.Tensor, precision: torch.dtype) -> Step:
@@ -75,16 +76,17 @@ def theirs(kind: str, tokens_BT: torch.Tensor, precision: torch.dtype) -> Step:
             "output_router_logits": True,
         }
         model = MixtralForCausalLM(MixtralConfig(intermediate_size=EXPERT_WIDTH, **experts, **shape))
-    return stepper(model, lambda: model(input_ids=tokens_BT, labels=tokens_BT).loss, precision)
+    model.to(tokens_BT.device)
+    return stepper(model, lambda: model(input_ids=tokens_BT, labels=tokens_BT).loss, precision, tokens_BT.device)
 
 
-def stepper(model: nn.Module, loss: Callable[[], torch.Tensor], precision: torch.dtype) -> Step:
+def stepper(model: nn.Module, loss: Callable[[], torch.Tensor], precision: torch.dtype, device: torch.device) -> Step:
     """Both rivals get the same optimizer, clipping and autocast."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     model.train()
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             value = loss()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -95,8 +97,8 @@ def stepper(model: nn.Module, loss: Callable[[], torch.Tensor], precision: torch
     return step
 
 
-def measure(kind: str, precision: torch.dtype, rounds: int) -> dict[str, float | str]:
-    tokens_BT = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0))
+def measure(kind: str, precision: torch.dtype, rounds: int, device: str) -> dict[str, float | str]:
+    tokens_BT = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
     rivals = {"ours": ours(kind, tokens_BT, precision), "transformers": theirs(kind, tokens_BT, precision)}
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(rounds + 1):
@@ -108,6 +110,7 @@ def measure(kind: str, precision: torch.dtype, rounds: int) -> dict[str, float |
     speed = {name: ROWS * LENGTH / statistics.median(times) for name, times in seconds.items()}
     return {
         "model": kind,
+        "device": device,
         "precision": str(precision).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "ours_tokens_per_second": round(speed["ours"]),
@@ -119,13 +122,14 @@ def measure(kind: str, precision: torch.dtype, rounds: int) -> dict[str, float |
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--keep", action="store_true", help="write benchmarks/results/step.json")
     arguments = parser.parse_args()
     rows = []
     for precision in arguments.precision:
         for kind in ("dense", "moe"):
-            rows.append(measure(kind, getattr(torch, precision), arguments.rounds))
+            rows.append(measure(kind, getattr(torch, precision), arguments.rounds, arguments.device))
             print(rows[-1], flush=True)
     if arguments.keep:
         print(keep("step", rows))

@@ -13,7 +13,6 @@ from rich.table import Table
 BASE = (
     "torch",
     "numpy",
-    "einops",
     "safetensors",
     "pydantic",
     "tomli-w",
@@ -25,15 +24,13 @@ BASE = (
     "tiktoken",
 )
 OPTIONAL = {
-    "triton": "fused kernels on NVIDIA GPUs",
-    "flash-attn": "attention on NVIDIA GPUs; pins its own torch, so install it by hand",
-    "flash-attn-4": "attention on Hopper and newer GPUs",
-    "xformers": "attention on NVIDIA GPUs",
-    "megablocks": "grouped experts on NVIDIA GPUs; pins its own torch, so install it by hand",
-    "transformers": "Hugging Face checkpoints in and out, parity checks",
-    "datasets": "data sets from the Hugging Face hub",
+    "triton": "torch.compile on NVIDIA GPUs",
     "pyarrow": "Parquet files as a source of text",
-    "lm-eval": "the public task collection of lm-evaluation-harness",
+    "transformers": "tests and benchmarks against its models",
+    "megatron-core": "a test that it reads our shards",
+    "flash-attn": "no backend here uses it yet",
+    "xformers": "no backend here uses it yet",
+    "megablocks": "no backend here uses it yet",
 }
 
 

@@ -3,15 +3,12 @@
 import contextlib
 import json
 import os
-import platform
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib.metadata import distributions
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,11 +19,12 @@ import torch.distributed as dist
 from model.size import Size
 from parallel.replicate import World
 from run.config import RunConfig
+from run.environment import environment
 from settings import Refusal, differences, load, to_toml
 
 RUNS = Path("runs")
 MAY_CHANGE = ("device", "log.", "checkpoint.", "profile", "threads")
-"""Keys that change no number of the run, so that a run may continue under another value of them."""
+"""Where a run is computed and how it is watched: it may continue under other values of these keys."""
 
 
 @dataclass
@@ -69,7 +67,10 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.toml").write_text(to_toml(self.config))
             recorded.write_text(json.dumps(materials, indent=2) + "\n")
-            around = {**environment(self), "parameters": {"total": size.total, "active": size.active}}
+            around = {
+                **environment(self.device, self.dtype, self.world.size),
+                "parameters": {"total": size.total, "active": size.active},
+            }
             (self.folder / "environment.json").write_text(json.dumps(around, indent=2) + "\n")
         self.world.wait()
 
@@ -149,38 +150,6 @@ def choose_folder(config: RunConfig, fresh: bool) -> Path:
     return folder
 
 
-def environment(run: Run) -> dict[str, Any]:
-    """Versions, commit and machine: what a number needs beside it to be found again."""
-    interesting = {"torch", "numpy", "triton", "flash-attn", "xformers", "megablocks", "safetensors", "pydantic"}
-    versions = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"] in interesting}
-    return {
-        "python": platform.python_version(),
-        "packages": dict(sorted(versions.items())),
-        "commit": commit(),
-        "machine": machine(run.device),
-        "device": str(run.device),
-        "precision": str(run.dtype).removeprefix("torch."),
-        "ranks": run.world.size,
-        "threads": torch.get_num_threads(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-    }
-
-
-def commit() -> str:
-    """The git commit of the source, with `+` where the tree differs from it; `unknown` outside git."""
-    here = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
 def refusing(entry: Callable[[], None]) -> int:
     """Run an entry point; a refusal becomes one message and exit status 2."""
     try:
@@ -215,14 +184,3 @@ def _refuse_other_materials(before: dict[str, str], now: dict[str, str], folder:
 def _cpu_has_amx() -> bool:
     check = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(check is not None and check())
-
-
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
-    except OSError:
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
