@@ -96,7 +96,7 @@ def train_step(
             labels_N, weights_N = batch.labels_BT.flatten(), batch.weights_BT.flatten()
             sums = cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, labels_N, weights_N, config.loss_chunk)
         objective = sums.weighted / targets
-        if config.model.moe is not None:
+        if stats and config.model.moe is not None:
             share = batch.num_tokens / config.tokens_per_step
             objective = objective + share * balance_objective(stats, config.model.moe)
         objective.backward()

@@ -207,10 +207,16 @@ def test_recompute_and_microbatches_change_no_number_that_matters(here: Path) ->
 
 
 def test_a_dense_model_trains(here: Path) -> None:
+    train.main(tiny("name=all-dense", "model.num_dense_layers=2"))
     config = tiny()
     model = config.model.model_copy(update={"moe": None, "num_dense_layers": 0})
-    train.main(config.model_copy(update={"name": "dense", "model": model}))
-    assert "balance_loss" not in rows("dense")[0]
+    train.main(config.model_copy(update={"name": "without-moe", "model": model}))
+    assert numbers_of_dense("all-dense") == numbers_of_dense("without-moe")
+    assert "balance_loss" not in rows("all-dense")[0]
+
+
+def numbers_of_dense(folder: str) -> list[tuple[float, ...]]:
+    return [(row["step"], row["loss"], row["gradient_norm"]) for row in rows(folder)]
 
 
 def test_bf16_trains_too(here: Path) -> None:
