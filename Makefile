@@ -1,14 +1,16 @@
-# Everything runs in .venv, which the first target makes. `make train` and `make test` need nothing else.
+# Everything runs in .venv, which `install` makes. `make train ARGS="seed=1 name=second"` passes overrides on.
 PYTHON ?= python3
 VENV := .venv/bin
+CONFIG ?= configs/quickstart.toml
+ARGS ?=
 
 .PHONY: train test check install clean
 
 train: install
-	$(VENV)/python train.py configs/quickstart.toml
+	$(VENV)/python train.py $(CONFIG) $(ARGS)
 
 test: install
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest $(ARGS)
 
 check: install
 	$(VENV)/ruff check .

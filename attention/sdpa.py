@@ -80,8 +80,6 @@ class Kernel:
         return out.transpose(1, 2), None
 
 
-# Document lengths differ in every batch: a compiler would otherwise make a new program for each.
-@torch.compiler.disable
 def attend_documents(kernel: Kernel, q_BTHC: Tensor, k_BTGC: Tensor, v_BTGC: Tensor, mask: Mask) -> Attended:
     """Attend inside each document, in one call for all documents of (nearly) one length."""
     documents, plain = mask.documents, Mask(mask.is_causal, mask.window)

@@ -1,18 +1,17 @@
 """The state of every optimizer under the names of the parameters: tensors, and numbers that fit into JSON."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from settings import Refusal
 
 JSON: TypeAlias = Any
 Tensors = dict[str, torch.Tensor]
 Optimizers = Sequence[torch.optim.Optimizer]
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def state_of(model: nn.Module, optimizers: Optimizers) -> tuple[Tensors, dict[str, JSON]]:
@@ -20,8 +19,9 @@ def state_of(model: nn.Module, optimizers: Optimizers) -> tuple[Tensors, dict[st
 
     An optimizer that has not stepped is left alone: torch would step it to make room for its state, and count that.
     """
+    get_state, _ = _torch_state_dict()
     stepped = [optimizer for optimizer in optimizers if optimizer.state]
-    flat: dict[str, Any] = dict(get_optimizer_state_dict(model, stepped, options=FLAT)) if stepped else {}
+    flat: dict[str, Any] = dict(get_state(model, stepped)) if stepped else {}
     names = {parameter: name for name, parameter in named_parameters(model)}
     untouched = []
     for optimizer in optimizers:
@@ -35,6 +35,17 @@ def state_of(model: nn.Module, optimizers: Optimizers) -> tuple[Tensors, dict[st
     return tensors, {"numbers": numbers, "untouched": untouched}
 
 
+def _torch_state_dict() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """torch's own reader and writer of optimizer state, flat by name; loaded late, as importing them takes a second."""
+    from torch.distributed.checkpoint import state_dict
+
+    flat = state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
+    return (
+        partial(state_dict.get_optimizer_state_dict, options=flat),
+        partial(state_dict.set_optimizer_state_dict, options=flat),
+    )
+
+
 def load_state(where: str, model: nn.Module, optimizers: Optimizers, tensors: Tensors, values: dict[str, JSON]) -> None:
     """Hand each optimizer what `state_of` returned; refused, with nothing changed, when names or shapes differ.
 
@@ -42,10 +53,11 @@ def load_state(where: str, model: nn.Module, optimizers: Optimizers, tensors: Te
     """
     if not optimizers:
         return
+    get_state, set_state = _torch_state_dict()
     fresh = [optimizer for optimizer in optimizers if not optimizer.state]
     for parameter in model.parameters():
         parameter.grad = None  # torch makes room for the state only where no gradient is left over
-    ours: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizers, options=FLAT))
+    ours: dict[str, Any] = dict(get_state(model, optimizers))
     untouched = set(values["untouched"])
     expected = {key: value for key, value in ours.items() if torch.is_tensor(value) and _owner(key) not in untouched}
     try:
@@ -57,7 +69,7 @@ def load_state(where: str, model: nn.Module, optimizers: Optimizers, tensors: Te
     numbers = {key: _like(value, ours.get(key)) for key, value in values["numbers"].items()}
     # Ours first: a newer torch may know options that the one that saved did not.
     restored: dict[str, Any] = {**ours, **numbers, **tensors}
-    set_optimizer_state_dict(model, optimizers, restored, options=FLAT)
+    set_state(model, optimizers, restored)
     for name, parameter in named_parameters(model):
         if name in untouched:
             for optimizer in optimizers:

@@ -13,7 +13,6 @@ from torch import Tensor
 from context.stages import Stage
 from data.batches import Batch
 from data.tokenizer import Tokenizer
-from evals import heatmap
 from evals.harness import Cell
 from moe.balance import RoutingMeter
 from run.metrics import Metrics, ProgressLine
@@ -110,12 +109,18 @@ class Recorder:
             rows = [{**cell.row(progress.step, progress.tokens), **where} for cell in cells]
             self.metrics.log_evals(progress.step, progress.tokens, rows)
             if progress.tokens == stage.until_tokens and any(cell.task == "needle" for cell in cells):
-                title = f"needle after stage {stage.index + 1}"
-                heatmap.show([heatmap.make_grid(cells, title, stage.sequence_length)], self.line.console)
+                self._show_needles(cells, stage)
             if progress.tokens == stage.until_tokens < self.run.config.total_tokens:  # the last is written by close
                 write_report(self.run.folder)
         self.run.world.wait()
         self._restart_window()
+
+    def _show_needles(self, cells: Sequence[Cell], stage: Stage) -> None:
+        from evals import heatmap  # brings matplotlib, which a run's start should not wait for
+
+        assert self.line is not None
+        grid = heatmap.make_grid(cells, f"needle after stage {stage.index + 1}", stage.sequence_length)
+        heatmap.show([grid], self.line.console)
 
     def close(self) -> None:
         """Close the files and write the report one last time."""

@@ -24,13 +24,17 @@ class Card:
 
 
 def write_report(run_folder: Path | str) -> Path:
-    """Write report.html into a run's folder and return its path; a run that is not finished gives a shorter report.
+    """Write report.html and needle.png into a run's folder; a run that is not finished gives a shorter report.
+
+    Returns the path of report.html.
 
     Raises Refusal when the folder holds no run.
     """
+    # Loaded when a report is written, not when a run starts: matplotlib alone takes most of a second.
     from jinja2 import Environment
 
-    from run.sections import sections_of  # matplotlib is loaded when a report is written, not when a run starts
+    from evals import heatmap
+    from run.sections import needle_grids, sections_of
 
     facts = read_run(Path(run_folder))
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
@@ -50,6 +54,8 @@ def write_report(run_folder: Path | str) -> Path:
     partial = path.with_name(".partial_report.html")
     partial.write_text(html, encoding="utf-8")
     os.replace(partial, path)
+    if grids := needle_grids(facts, "needle"):
+        heatmap.save_png(grids, facts.folder / "needle.png")
     return path
 
 

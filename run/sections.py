@@ -49,16 +49,21 @@ def sections_of(facts: RunFacts) -> list[ReportSection]:
     return [section for build in builders for section in build(facts)]
 
 
+def needle_grids(facts: RunFacts, task: str) -> list[heatmap.Grid]:
+    """One grid for the end of each stage at which the task was asked."""
+    grids = []
+    for snapshot in facts.snapshots:
+        cells = [Cell.from_row(_scored(row)) for row in snapshot.rows if row["task"] == task]
+        if any(cell.depth is not None for cell in cells):
+            grids.append(heatmap.make_grid(cells, snapshot.title, snapshot.stage.sequence_length, task=task))
+    return grids
+
+
 def needle(facts: RunFacts) -> Iterable[ReportSection]:
     """The needle grid at the end of each stage, side by side."""
     pictures = []
     for task in facts.tasks("needle"):
-        grids = []
-        for snapshot in facts.snapshots:
-            cells = [Cell.from_row(_scored(row)) for row in snapshot.rows if row["task"] == task]
-            if any(cell.depth is not None for cell in cells):
-                grids.append(heatmap.make_grid(cells, snapshot.title, snapshot.stage.sequence_length, task=task))
-        if grids:
+        if grids := needle_grids(facts, task):
             pictures.append(Picture(f"{task} scores by length and depth", encode(heatmap.png(grids)), is_framed=True))
     if pictures:
         yield ReportSection(
