@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from run import report as room
 from run import sections
@@ -49,7 +50,7 @@ class Page(HTMLParser):
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are built but not painted, which takes most of a report's time."""
     monkeypatch.setattr(sections, "png", lambda figure: b"\x89PNG" + bytes(len(figure.axes)))
-    monkeypatch.setattr(sections.heatmap, "png", lambda grids: b"\x89PNG" + bytes(len(grids)))
+    monkeypatch.setattr(sections.heatmap, "png", lambda grids, *_: b"\x89PNG" + bytes(len(grids)))
 
 
 def make_run(
@@ -190,16 +191,27 @@ def test_one_stage_has_no_before(tmp_path: Path) -> None:
     assert told["needle found at length 128"].before == ""
 
 
-def test_sizes_come_from_the_newest_manifest_where_nobody_wrote_them(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("blank_pictures")
+def test_parameters_are_shown_where_the_run_wrote_them(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
+    shown = {card.label: card for card in room.cards(read_run(folder))}["parameters"]
+    assert shown.value == "9K" and "3K active" in shown.note
     (folder / "environment.json").unlink()
-    with (folder / "config.toml").open("a") as file:
-        file.write("[model.moe]\nnum_experts = 4\nexperts_per_token = 1\n")
-    checkpoint = folder / "checkpoints" / "step_00000001"
-    checkpoint.mkdir(parents=True)
-    tensors = {"layers.0.moe.experts.up": {"shape": [4, 10, 10]}, "head": {"shape": [50, 2]}, "scale": {"shape": []}}
-    (checkpoint / "manifest.json").write_text(json.dumps({"tensors": {"model.safetensors": tensors}}))
-    assert room._size_from_manifest(read_run(folder)) == {"total": 501, "active": 201}
+    assert "parameters" not in {card.label for card in room.cards(read_run(folder))}
+
+
+def test_the_load_over_time_has_a_row_for_each_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[list[list[float]], tuple[float, float]]] = []
+
+    def catch(load_LE: list[list[float]], y_label: str, extent: tuple[float, float]) -> Figure:
+        drawn.append((load_LE, extent))
+        return Figure()
+
+    monkeypatch.setattr(sections, "expert_load", catch)
+    monkeypatch.setattr(sections, "png", lambda figure: b"")
+    pictures = list(sections._load_over_time(read_run(make_run(tmp_path))))
+    assert len(pictures) == 1
+    assert drawn == [([[0.25, 0.75]] * 4, (500, 2000))]
 
 
 @pytest.mark.usefixtures("blank_pictures")
