@@ -1,8 +1,7 @@
 """What is done to a finished model from outside, before it trains."""
 
-from torch import nn
-
 from model.feed_forward import FeedForward
+from model.norm import RMSNorm
 from model.transformer import Transformer
 
 
@@ -15,6 +14,6 @@ def prepare_layers(model: Transformer, *, compile: bool, recompute: bool) -> Tra
     model.recompute = recompute
     if compile:
         for module in model.modules():
-            if isinstance(module, FeedForward | nn.RMSNorm):
+            if isinstance(module, FeedForward | RMSNorm):
                 module.compile()
     return model

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +205,15 @@ def test_recompute_and_microbatches_change_no_number_that_matters(here: Path) ->
     train.main(tiny("name=whole", "tokens_per_microbatch=512"))
     for ours, theirs in zip(rows("whole"), rows("plain"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-4)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compilation_changes_no_number_beyond_rounding(here: Path) -> None:
+    train.main(tiny("name=plain"))
+    train.main(tiny("name=compiled", "compile=true"))
+    for ours, theirs in zip(rows("compiled"), rows("plain"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
 
 
 def test_a_dense_model_trains(here: Path) -> None:
