@@ -76,18 +76,15 @@ def read_table(path: Path, below: tuple[Path, ...] = ()) -> Table:
 
 
 def merge(parent: Mapping[str, Any], child: Mapping[str, Any]) -> Table:
-    """The child's keys over the parent's; a table whose `kind` changes replaces the parent's whole table."""
-    merged = dict(parent)
-    for key, value in child.items():
-        old = merged.get(key)
-        if (
-            isinstance(old, Mapping)
-            and isinstance(value, Mapping)
-            and value.get("kind", old.get("kind")) == old.get("kind")
-        ):
-            value = merge(old, value)
-        merged[key] = value
-    return merged
+    """The child's keys over the parent's, table by table."""
+    return dict(parent) | {key: replacement(parent.get(key), value) for key, value in child.items()}
+
+
+def replacement(old: Any, new: Any) -> Any:
+    """What stands in the place of `old`: `new`, or both merged where they are tables of the same kind."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and new.get("kind", old.get("kind")) == old.get("kind"):
+        return merge(old, new)
+    return new
 
 
 def apply_override(table: Table, override: str) -> None:
@@ -106,12 +103,10 @@ def apply_override(table: Table, override: str) -> None:
     place: Any = table
     for name in names[:-1]:
         place = _step_into(place, name, override)
-    last = _index(place, names[-1], override) if isinstance(place, list) else names[-1]
+    last: Any = _index(place, names[-1], override) if isinstance(place, list) else names[-1]
     if not isinstance(place, dict | list):
         raise Refusal(f"override {override!r}: {'.'.join(names[:-1])} is a value, not a table")
-    if isinstance(place, dict) and isinstance(place.get(str(last)), dict) and isinstance(value, dict):
-        value = merge(place[str(last)], value)
-    place[last] = value
+    place[last] = replacement(place.get(last) if isinstance(place, dict) else place[last], value)
 
 
 def to_dict(section: Section) -> Table:

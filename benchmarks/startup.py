@@ -1,4 +1,4 @@
-"""Seconds a person waits: for `--show`, and from the command to the first step, corpus prepared anew and prepared before."""
+"""Seconds a person waits: for `--show`, and for the first step with the corpus made anew or there already."""
 
 import argparse
 import subprocess

@@ -66,6 +66,12 @@ def test_another_kind_replaces_the_whole_table(tmp_path: Path) -> None:
     assert load(child, [], Root).choice == Plain()
 
 
+def test_an_override_of_another_kind_replaces_the_whole_table(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.toml", "choice = { kind = 'rich', rate = 0.7, steps = [7] }\n")
+    assert load(path, ["choice={kind = 'plain'}"], Root).choice == Plain()
+    assert load(path, ["choice={rate = 0.3}"], Root).choice == Rich(rate=0.3, steps=(7,))
+
+
 def test_overrides_reach_into_tables_arrays_and_new_tables(tmp_path: Path) -> None:
     path = write(tmp_path / "a.toml", "[[stages]]\nnum_heads = 2\n")
     overrides = ["stages.0.num_heads=6", "sources.web.kind=rich", "sources.web.steps=[5]", "name=my run", "limit=9"]
