@@ -1,27 +1,30 @@
-# Everything runs in .venv, which `install` makes. `make train ARGS="seed=1 name=second"` passes overrides on.
+# Everything runs in .venv, which the first target makes. `make train ARGS="seed=1 name=second"` passes overrides on.
 PYTHON ?= python3
 VENV := .venv/bin
+PIP := $(VENV)/python -m pip install --quiet --disable-pip-version-check --editable
 CONFIG ?= configs/quickstart.toml
 ARGS ?=
 
-.PHONY: train test check install clean
+.PHONY: train test check clean
 
-train: install
+train: .venv/installed
 	$(VENV)/python train.py $(CONFIG) $(ARGS)
 
-test: install
+test: .venv/installed-dev
 	$(VENV)/python -m pytest $(ARGS)
 
-check: install
+check: .venv/installed-dev
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy .
 
-install: .venv/installed
-
 .venv/installed: pyproject.toml
-	test -d .venv || $(PYTHON) -m venv .venv
-	$(VENV)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	test -x $(VENV)/python || $(PYTHON) -m venv .venv
+	$(PIP) .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) ".[dev]"
 	touch $@
 
 clean:
