@@ -44,7 +44,7 @@ def validate(table: Mapping[str, Any], root: type[AnySection], where: str) -> An
     """Turn a plain table into `root`, or refuse with one line for each thing that is wrong."""
     try:
         # Through JSON: strict mode then takes arrays for tuples, as TOML has no other way to write one.
-        return root.model_validate_json(json.dumps(table))
+        return root.model_validate_json(json.dumps(table, default=str))
     except ValidationError as error:
         lines = [describe(problem, root) for problem in error.errors()]
         raise Refusal("\n".join(f"{where}: {line}" for line in lines)) from None
@@ -52,7 +52,10 @@ def validate(table: Mapping[str, Any], root: type[AnySection], where: str) -> An
 
 def read_table(path: Path, below: tuple[Path, ...] = ()) -> Table:
     """Read one TOML file and the parent it `extends`; keys of the child win, tables are merged, arrays replaced."""
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError) as error:  # a circle of links, a name too long
+        raise Refusal(f"{str(path)[:200]}: is no path of a configuration file: {error.__class__.__name__}") from None
     if path in below:
         raise Refusal(f"{path}: extends itself through {' -> '.join(p.name for p in (*below, path))}; break the circle")
     try:
@@ -67,6 +70,8 @@ def read_table(path: Path, below: tuple[Path, ...] = ()) -> Table:
         raise Refusal(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise Refusal(f"{path}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise Refusal(f"{str(path)[:200]}: cannot be read: {error.strerror}") from None
     parent = table.pop("extends", None)
     if parent is None:
         return table

@@ -21,7 +21,7 @@ from optim.schedule import learning_rate
 from parallel.apply import prepare_layers
 from parallel.replicate import sum_gradients
 from run.checkpoint import Checkpoints
-from run.config import RunConfig, load_config, show
+from run.config import RunConfig, load_config, rows_of_step, show
 from run.record import Progress, Recorder, StepReport
 from run.start import Run, refusing, start
 from settings import to_toml
@@ -30,15 +30,18 @@ from settings import to_toml
 def main(config: RunConfig, *, fresh: bool = False) -> None:
     """One run, from its start or from its newest good checkpoint, to its end or to a signal."""
     run = start(config, fresh=fresh)
+    config = run.config
     stages = Stages(config.context.stages, config.tokens_per_step)
     with run.world.main_first():
         batches = Batches(config.data, seed=config.seed, rank=run.world.rank, world_size=run.world.size)
     for stage in stages:
         batches.check(stage.sequence_length, stage.mixture)
+        rows_of_step(config, stage.sequence_length, run.world.size)
     materials = Materials(batches.tokenizer, batches.all_held_out(), run.device, run.autocast)
     check_suite(config.evals, materials)
     model = build_model(config.model, batches.tokenizer.vocab_size)
     initialize(model, config.seed, run.device)
+    try_forward(model, stages.at(0), run)
     prepare_layers(model, compile=config.compile, recompute=config.recompute)
     optimizer = build_optimizer(model, config.optimizer)
     run.open_folder(batches.fingerprint, count(config.model, batches.tokenizer.vocab_size))
@@ -46,6 +49,7 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     progress = Progress(**(checkpoints.restore_latest() or {}))
     recorder = Recorder(run, batches.tokenizer, progress)
 
+    report = None
     while progress.tokens < config.total_tokens and not run.should_stop():
         stage, start_tokens = stages.at(progress.tokens), progress.tokens
         microbatches = take_step(batches, stage, stages.first_sample(start_tokens), config)
@@ -57,19 +61,25 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
         recorder.record(progress, stage, report, optimizer.learning_rate)
         if is_due(config.evals, start_tokens, progress.tokens, is_stage_end=progress.tokens == stage.until_tokens):
             recorder.record_evals(progress, stage, run_suite(model, config.evals, materials))
-        if checkpoints.due(progress.step):
-            checkpoints.save(progress.step, vars(progress))
-    if checkpoints.latest_step != progress.step:
-        checkpoints.save(progress.step, vars(progress))
+        if checkpoints.due(progress.step) or progress.tokens == stage.until_tokens:
+            save(checkpoints, progress, report)
+    if checkpoints.latest_step != progress.step and report is not None:
+        save(checkpoints, progress, report)  # stopped by a signal
     recorder.close()
     run.finish()
+
+
+def try_forward(model: Transformer, stage: Stage, run: Run) -> None:
+    """One forward pass of one token: what no backend can do is refused before the run's folder exists."""
+    model.use_rotary(stage.rotary)
+    with torch.no_grad(), run.autocast():
+        model(torch.zeros(1, 1, dtype=torch.int64, device=run.device))
 
 
 def take_step(batches: Batches, stage: Stage, first_sample: int, config: RunConfig) -> list[Batch]:
     """This rank's micro-batches of the step that begins at the stage's sample `first_sample`."""
     num_samples = config.tokens_per_step // stage.sequence_length
-    per_microbatch = config.tokens_per_microbatch or config.tokens_per_step // batches.world_size
-    rows = max(1, per_microbatch // stage.sequence_length)
+    rows = rows_of_step(config, stage.sequence_length, batches.world_size)
     return batches.take(stage.index, stage.sequence_length, stage.mixture, first_sample, num_samples, rows)
 
 
@@ -87,7 +97,7 @@ def train_step(
     """One optimizer step: the loss is the sum over all target tokens of all ranks, divided by their number."""
     model.train()
     optimizer.zero_grad()
-    targets = run.world.sum(torch.tensor(sum(batch.num_targets for batch in microbatches), device=run.device))
+    targets = run.world.sum(torch.tensor(sum(batch.num_targets for batch in microbatches), device=run.device)).clamp(1)
     nats = torch.zeros((), device=run.device)
     routing = RoutingMeter()
     for batch in (batch.to(run.device) for batch in microbatches):
@@ -113,13 +123,19 @@ def train_step(
     return StepReport(nats / targets, gradient_norm, routing, microbatches)
 
 
+def save(checkpoints: Checkpoints, progress: Progress, report: StepReport) -> None:
+    """Save this step; raises Refusal, with the last good checkpoint untouched, when its numbers are not finite."""
+    report.check_finite(progress, checkpoints.latest_step)
+    checkpoints.save(progress.step, vars(progress))
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="a TOML file, for example configs/quickstart.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values in place of the file's")
     parser.add_argument("--show", action="store_true", help="print the resolved configuration and its stages, and exit")
     parser.add_argument("--fresh", action="store_true", help="never continue a run: start anew in a new folder")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

@@ -148,10 +148,6 @@ class Stages:
         stage = self.at(tokens)
         return (tokens - stage.start_tokens) // stage.sequence_length
 
-    def ends_at(self, tokens: int) -> bool:
-        """Whether a stage ends exactly here."""
-        return any(stage.until_tokens == tokens for stage in self._stages)
-
     def rows(self) -> list[dict[str, str]]:
         """The plan as a table, one row a stage, column title to text."""
         return [

@@ -20,7 +20,7 @@ LOGITS_CHUNK = 1024
 
 @dataclass(frozen=True)
 class Materials:
-    """What every task needs beside the model: the text nobody trained on, and where and how to compute."""
+    """What every task needs beside the model: the text held out of training, and where and how to compute."""
 
     tokenizer: Tokenizer
     held_out: Mapping[str, np.ndarray]

@@ -148,13 +148,6 @@ class RoutingMeter:
         return dict(zip(numbers, torch.stack([n.double() for n in numbers.values()]).tolist(), strict=True))
 
 
-def summarize(all_stats: Sequence[RoutingStats]) -> dict[str, float]:
-    """The numbers of RoutingMeter.report for one forward pass."""
-    meter = RoutingMeter()
-    meter.add(all_stats)
-    return meter.report()
-
-
 def _sums_3(stats: RoutingStats) -> Tensor:
     logits_NE, probabilities_NE = stats.logits_NE, stats.probabilities_NE
     entropy = torch.special.entr(probabilities_NE).sum() / math.log(max(logits_NE.shape[1], 2))

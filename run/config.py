@@ -13,7 +13,7 @@ from model.transformer import ModelSettings
 from optim.groups import OptimizerSettings
 from optim.schedule import check_schedule
 from run.checkpoint import CheckpointSettings
-from settings import Section, load, nearest, to_toml
+from settings import Refusal, Section, load, nearest, to_toml
 
 
 class LogSettings(Section):
@@ -32,10 +32,10 @@ class ProfileSettings(Section):
 class RunConfig(Section):
     """One run: everything a person chose. What follows from it is a function, never a key."""
 
-    name: str = ""
+    name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")
     """The run's folder below runs/; left out, the name of the configuration file."""
     total_tokens: PositiveInt
-    tokens_per_step: PositiveInt
+    tokens_per_step: int = Field(gt=0, le=2**40)
     """Tokens in one optimizer step over all ranks and micro-batches; the same at every sequence length."""
     tokens_per_microbatch: PositiveInt | None = None
     """Tokens of one forward and backward; left out, a rank's whole share of the step."""
@@ -103,6 +103,20 @@ def _check_divides(part: str, small: int, whole: str, large: int) -> None:
     if large % small:
         near = max(1, round(large / small)) * small
         raise ValueError(f"{whole}={large} must be a multiple of {part}={small}; try {near}")
+
+
+def rows_of_step(config: RunConfig, sequence_length: int, world_size: int) -> int:
+    """Rows in a micro-batch of one rank at this length; raises Refusal where a step does not divide among the ranks."""
+    tokens = config.tokens_per_microbatch or max(config.tokens_per_step // world_size, 1)
+    if tokens % sequence_length or config.tokens_per_step % (tokens * world_size):
+        together = world_size * (config.tokens_per_microbatch or sequence_length)
+        near = max(1, round(config.tokens_per_step / together)) * together
+        raise Refusal(
+            f"tokens_per_step={config.tokens_per_step} does not divide among {world_size} ranks into micro-batches of "
+            f"whole rows of {sequence_length} tokens; try tokens_per_step={near}, other ranks or another "
+            f"tokens_per_microbatch (now {config.tokens_per_microbatch or 'left out'})"
+        )
+    return tokens // sequence_length
 
 
 def load_config(path: Path | str, overrides: list[str]) -> RunConfig:

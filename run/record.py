@@ -18,6 +18,7 @@ from moe.balance import RoutingMeter
 from run.metrics import Metrics, ProgressLine
 from run.report import write_report
 from run.start import Run
+from settings import Refusal
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,16 @@ class StepReport:
     """Before clipping."""
     routing: RoutingMeter
     microbatches: list[Batch]
+
+    def check_finite(self, progress: Progress, last_good: int | None) -> None:
+        """Refuse to go on, or to save, once the loss or the gradients are not numbers."""
+        loss, norm = float(self.loss), float(self.gradient_norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            saved = f"the checkpoint of step {last_good} is intact" if last_good else "nothing was saved"
+            raise Refusal(
+                f"step {progress.step}: the loss is {loss} and the gradient norm {norm}; {saved}. "
+                "Lower optimizer.learning_rate or optimizer.clip and start under another name"
+            )
 
 
 class Recorder:
@@ -77,30 +88,33 @@ class Recorder:
         if progress.step % config.log.every_steps and progress.tokens < config.total_tokens:
             return
         loss = float(report.loss)
+        documents, bytes_per_target = self._count(report.microbatches)
         row = {
             "step": progress.step,
             "tokens": progress.tokens,
             "stage": stage.index,
             "sequence_length": stage.sequence_length,
             "loss": loss,
-            "bits_per_byte": loss / math.log(2) / self._bytes_per_target(report.microbatches),
+            "bits_per_byte": loss / math.log(2) / bytes_per_target,
             "learning_rate": learning_rate,
             "gradient_norm": float(report.gradient_norm),
             "tokens_per_second": self._window_tokens / (time.monotonic() - self._window_start),
             "peak_memory_bytes": peak_memory(self.run.device),
-            "documents": sum(len(batch.lengths) for batch in report.microbatches),
+            "documents": documents,
             **report.routing.report(),
         }
         if self.metrics is not None and self.line is not None:
             self.metrics.log(row)
             self.line.update(row)
-        if not math.isfinite(loss):
-            self.run.say(f"step {progress.step}: the loss is {loss}; lower optimizer.learning_rate or check the data")
         self._restart_window()
 
-    def _bytes_per_target(self, microbatches: list[Batch]) -> float:
+    def _count(self, microbatches: list[Batch]) -> tuple[int, float]:
+        """Documents in the step and bytes of text for each target token, over all ranks."""
         labels_N = torch.cat([batch.labels_BT[batch.labels_BT >= 0] for batch in microbatches]).numpy()
-        return self.tokenizer.num_bytes(labels_N) / max(len(labels_N), 1)
+        documents = sum(len(batch.lengths) for batch in microbatches)
+        counts = torch.tensor([documents, self.tokenizer.num_bytes(labels_N), len(labels_N)], device=self.run.device)
+        documents, num_bytes, targets = self.run.world.sum(counts).tolist()
+        return documents, max(num_bytes, 1) / max(targets, 1)
 
     def record_evals(self, progress: Progress, stage: Stage, cells: Sequence[Cell]) -> None:
         """Write the cells of one evaluation; at a stage's end show the needle grid and renew the report."""

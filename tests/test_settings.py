@@ -120,6 +120,16 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         load(write(tmp_path / "two.toml", "extends = 'one.toml'"), [], Root)
 
 
+def test_odd_paths_and_dates_are_refused_too(tmp_path: Path) -> None:
+    (tmp_path / "loop.toml").symlink_to(tmp_path / "loop.toml")
+    with pytest.raises(Refusal, match=r"loop\.toml"):
+        load(tmp_path / "loop.toml", [], Root)
+    with pytest.raises(Refusal, match="aaa"):
+        load("a" * 5000, [], Root)
+    with pytest.raises(Refusal, match=r"seed=.*2020-01-01"):
+        load(write(tmp_path / "date.toml", "seed = 2020-01-01"), [], Root)
+
+
 @given(
     st.builds(
         Root,

@@ -18,7 +18,7 @@ import torch
 import train
 from run import record, report
 from run.checkpoint import read_checkpoint
-from run.config import RunConfig, load_config
+from run.config import RunConfig, load_config, rows_of_step
 from settings import Refusal
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +83,7 @@ def test_a_run_leaves_everything_behind(here: Path, monkeypatch: pytest.MonkeyPa
     for name in ("config.toml", "environment.json", "metrics.jsonl", "evals.jsonl", "report.html"):
         assert (folder / name).stat().st_size > 0, name
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert kept == ["step_00000009", "step_00000012"]
+    assert kept == ["step_00000009", "step_00000012"], "the newest two; stage ends are saved as well"
     recorded = rows("tiny")
     assert [row["step"] for row in recorded] == list(range(1, STEPS + 1))
     assert {"step", "tokens", "stage", "sequence_length", "loss", "bits_per_byte", "learning_rate"} <= recorded[
@@ -168,6 +168,7 @@ def test_changed_data_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["evals.needle.haystack=wrods"], "words"),
         (["context.stages.1.mixture={wurds = 1.0}"], "words"),
         (["device=cuda"], "cuda"),
+        (["model.moe.experts=grouped_mm", "model.moe.expert_width=18"], "expert_width=18"),
     ],
 )
 def test_refused_before_anything_is_written(here: Path, overrides: list[str], expected: str) -> None:
@@ -188,6 +189,8 @@ def test_refused_before_anything_is_written(here: Path, overrides: list[str], ex
         ("tokens_per_microbatch=300", "tokens_per_microbatch=300"),
         ("optimizer.lerning_rate=1", "learning_rate"),
         ("model.width='16'", "model.width"),
+        ("name=../../elsewhere", "name="),
+        ("tokens_per_step=1000000000000000007", "tokens_per_step=1000000000000000007"),
         ("model.width=17", "num_heads=2 must divide width=17"),
         ("model.attention.channels=7", "channels=7 must be even"),
         ("model.moe.router.kind=softmax", "selection bias"),
@@ -205,6 +208,26 @@ def test_recompute_and_microbatches_change_no_number_that_matters(here: Path) ->
     train.main(tiny("name=whole", "tokens_per_microbatch=512"))
     for ours, theirs in zip(rows("whole"), rows("plain"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-4)
+
+
+def test_numbers_that_are_none_are_never_saved(here: Path) -> None:
+    wild = ("optimizer.learning_rate=1e30", "optimizer.clip=1e30", "checkpoint.every_steps=1")
+    with pytest.raises(Refusal, match=r"step \d+: the loss is .*the checkpoint of step \d+ is intact"):
+        train.main(tiny(*wild))
+    _, _, weights = read_checkpoint("runs/tiny")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(("ranks", "is_refused"), [(1, False), (2, False), (3, True), (4, True)])
+def test_a_step_that_does_not_divide_among_the_ranks_is_refused(ranks: int, is_refused: bool) -> None:
+    config = tiny()
+    if is_refused:
+        with pytest.raises(
+            Refusal, match=f"tokens_per_step=512 does not divide among {ranks} ranks.*try tokens_per_step="
+        ):
+            rows_of_step(config, 64, ranks)
+    else:
+        assert rows_of_step(config, 64, ranks) == 4
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

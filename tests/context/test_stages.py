@@ -23,7 +23,7 @@ def test_a_stage_begins_at_the_step_boundary_at_or_after_the_last_ones_end() -> 
     assert [stages.at(tokens).index for tokens in (0, 2048, 3071, 3072, 4095, 4096, 5119, 5120, 10**9)] == [
         0, 0, 0, 1, 1, 2, 2, 2, 2,
     ]  # fmt: skip
-    assert [tokens for tokens in range(0, 6000) if stages.ends_at(tokens)] == [3072, 4096, 5120]
+    assert [stage.until_tokens for stage in stages] == [3072, 4096, 5120]
     assert stages.total_tokens == 5120 and len(stages) == 3 and stages[1].sequence_length == 512
 
 

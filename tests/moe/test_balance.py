@@ -11,7 +11,6 @@ from moe.balance import (
     bias_update,
     load_balance_loss,
     router_z_loss,
-    summarize,
     update_biases,
 )
 from moe.layer import MoE, MoESettings
@@ -31,6 +30,13 @@ def even_stats(num_experts=6, experts_per_token=2):
     chosen_NK = (torch.arange(num_experts)[:, None] + torch.arange(experts_per_token)) % num_experts
     gates_NK = torch.full(chosen_NK.shape, 1 / experts_per_token)
     return RoutingStats(logits_NE, logits_NE.softmax(1), chosen_NK, gates_NK, count_rows(chosen_NK, num_experts))
+
+
+def summarize(all_stats: list[RoutingStats]) -> dict[str, float]:
+    """What a meter reports of one forward pass."""
+    meter = RoutingMeter()
+    meter.add(all_stats)
+    return meter.report()
 
 
 @pytest.mark.parametrize("experts_per_token", [1, 2, 3, 8])
