@@ -65,6 +65,20 @@ def judge(folder: Path, seed: int, seconds: float) -> Row:
     return {"seed": seed, "seconds": round(seconds), "tokens_per_second": round(median), **numbers, "claims": claims}
 
 
+def table(rows: list[Row]) -> str:
+    """The rows as the README shows them, in Markdown."""
+    lines = [
+        "| seed | 128 before | 512 before | 512 after | 128 after | bits per byte at 128, before and after | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        needles = (row[f"needle_{name}"] for name in ("128_before", "512_before", "512_after", "128_after"))
+        before, after = list(row["bits_per_byte_128"].values())[-2:]
+        cells = [row["seed"], *(f"{score:.2f}" for score in needles), f"{before:.3f}, {after:.3f}", row["seconds"]]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -75,6 +89,7 @@ def main() -> None:
         folder, seconds = train(seed)
         rows.append(judge(folder, seed, seconds))
         print(json.dumps(rows[-1], indent=1), flush=True)
+    print(table(rows))
     if arguments.keep:
         print(keep("quickstart", rows))
     sys.exit(0 if all(all(row["claims"].values()) for row in rows) else 1)

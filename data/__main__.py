@@ -7,20 +7,23 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from data.corpus import Documents, local_python, text_documents
-from data.prepare import HELD_OUT_SHARE, SPLITS, Manifest, prepare, verify
+from data.prepare import HELD_OUT_SHARE, SPLITS, Manifest, prepare_or_reuse, verify
 from data.tokenizer import BpeSettings, ByteSettings, build_tokenizer, train_bpe
 from settings import Refusal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 with one message for what the user can mend."""
+    """Run one command; 0 on success, 2 with one message for what the user can mend, 130 when interrupted."""
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
     try:
         command(options)
     except Refusal as refusal:
-        print(refusal, file=sys.stderr)
+        print(f"refused: {refusal}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: nothing was left half made", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -28,8 +31,8 @@ def prepare_command(options: argparse.Namespace) -> None:
     tokenizer = build_tokenizer(
         ByteSettings() if options.tokenizer == "byte" else BpeSettings(file=options.tokenizer),
     )
-    is_new, began = not options.out.exists(), time.perf_counter()
-    manifest = prepare(_documents(options.source), tokenizer, options.out, options.held_out)
+    began = time.perf_counter()
+    manifest, is_new = prepare_or_reuse(_documents(options.source), tokenizer, options.out, options.held_out)
     seconds = time.perf_counter() - began
     _describe(options.out, manifest)
     size = sum(split["bytes"] for split in manifest["splits"].values())
@@ -63,7 +66,11 @@ def _describe(folder: Path, manifest: Manifest) -> None:
         counts = manifest["splits"][split]
         print(f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes")
     contained = ", ".join(f"{one['name']} ({one['share']:.0%})" for one in manifest["contained"])
-    print(f"  dropped: {manifest['duplicates']} duplicates; held-out text that training has too: {contained or 'none'}")
+    share = manifest["splits"]["held_out"]["contained_share"]
+    print(f"  of the held-out text, {share:.1%} stands in training too, in runs of 13 words and more")
+    print(
+        f"  dropped: {manifest['duplicates']} duplicates; held-out documents too like training: {contained or 'none'}"
+    )
 
 
 def _documents(source: str) -> Documents:

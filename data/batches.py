@@ -12,7 +12,7 @@ from torch import Tensor
 from data.mixture import Blend
 from data.order import derive
 from data.packing import Pack
-from data.recall import RecallSettings, RecallSource
+from data.recall import Haystack, RecallSettings, RecallSource
 from data.rows import NO_TARGET, Rows, interleave
 from data.sources import PackedSource, Source, SourceSettings, open_prepared
 from data.tokenizer import ByteSettings, Tokenizer, TokenizerSettings, build_tokenizer
@@ -101,7 +101,8 @@ class Batches:
         for name, source in self.settings.sources.items():
             if isinstance(source, RecallSettings):
                 text = packed[source.haystack]
-                opened[name] = RecallSource(name, source, self.tokenizer, text.prepared.train.tokens, text.fingerprint)
+                haystack = Haystack(text.prepared.train.tokens, text.prepared.train.lengths)
+                opened[name] = RecallSource(name, source, self.tokenizer, haystack, text.fingerprint)
             else:
                 opened[name] = packed[name]
         return opened
@@ -119,7 +120,10 @@ class Batches:
             texts = [known for known, other in self._sources.items() if isinstance(other, PackedSource)]
             raise Refusal(f"{name!r} is not a source with held-out text{nearest(name, texts)}")
         if not source.prepared.held_out.num_tokens:
-            raise Refusal(f"data.sources.{name}: nothing of it is held out; give it held_out = 0.03")
+            raise Refusal(
+                f"data.sources.{name}: nothing of it is held out; prepare it with held_out = 0.03 "
+                "(`python -m data prepare` takes --held-out 0.03), or name another source"
+            )
         return source.prepared.held_out.tokens
 
     def all_held_out(self) -> dict[str, np.ndarray]:
@@ -166,15 +170,6 @@ class Batches:
             parts.append((places, source.rows(number_R[places], sequence_length, key)))
         rows = interleave(parts, len(source_R), sequence_length) if parts else None
         return _split(rows, source_R, rows_per_microbatch) if rows is not None else []
-
-    def epochs(self, sequence_length: int, mixture: Mapping[str, float], num_samples: int) -> dict[str, float]:
-        """How often each source of text has been gone through after `num_samples` samples of a stage."""
-        used = self._blend(mixture).used(num_samples)
-        return {
-            name: count / source.packing(sequence_length).num_rows
-            for (name, source), count in zip(self._sources.items(), used, strict=True)
-            if isinstance(source, PackedSource)
-        }
 
     def _blend(self, mixture: Mapping[str, float]) -> Blend:
         weights = self._weights(mixture)

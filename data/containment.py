@@ -1,11 +1,12 @@
-"""How much of a text stands word for word in another: sampled runs of thirteen words, compared as numbers."""
+"""How much of a text stands word for word in another: runs of thirteen words, compared as numbers."""
+
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
 from data.order import scramble
 
 WORDS = 13
-ONE_IN = 16
 CHUNK = 1 << 18
 
 
@@ -30,44 +31,62 @@ INVERSES = _powers(pow(BASE, -1, 1 << 64), CHUNK)
 MIXERS = scramble(np.arange(WORDS, dtype=np.uint64)) | np.uint64(1)
 
 
-def shingles(text: bytes) -> np.ndarray:
-    """Numbers of a text's 13-word runs, sorted: one run in sixteen, chosen by content, so two texts choose alike."""
-    parts = [_shingles(text[start : start + CHUNK]) for start in range(0, len(text), CHUNK)]
-    return np.unique(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.uint64)
+def words(text: bytes) -> Iterator[np.ndarray]:
+    """A text's words as numbers, chunk by chunk; the same word has the same number wherever it stands."""
+    for start in range(0, len(text), CHUNK):
+        letters = np.frombuffer(text[start : start + CHUNK], dtype=np.uint8)
+        codes = CODES[letters]
+        is_word = codes > 0
+        is_start = is_word & ~np.concatenate([[False], is_word[:-1]])
+        # Letters of three bytes and more are mostly of scripts written without spaces: each begins a word.
+        starts = np.flatnonzero(is_start | (letters >= 0xE0))
+        if len(starts):
+            # A word's polynomial, moved to power 0.
+            yield scramble(np.add.reduceat(codes * POWERS[: len(codes)], starts) * INVERSES[starts])
 
 
-def _shingles(text: bytes) -> np.ndarray:
-    codes = CODES[np.frombuffer(text, dtype=np.uint8)]
-    is_word = codes > 0
-    starts = np.flatnonzero(is_word & ~np.concatenate([[False], is_word[:-1]]))
-    if len(starts) < WORDS:
-        return np.zeros(0, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        # A word's polynomial, moved to power 0, is the same wherever the word stands.
-        words = np.add.reduceat(codes * POWERS[: len(codes)], starts) * INVERSES[starts]
-        words = scramble(words)
-        count = len(words) - WORDS + 1
-        runs = sum((words[i : i + count] * MIXERS[i] for i in range(WORDS)), np.zeros(count, dtype=np.uint64))
-    runs = scramble(runs)
-    return runs[runs % np.uint64(ONE_IN) == 0]
+def runs(words: np.ndarray, sizes: Collection[int]) -> np.ndarray:
+    """Numbers of all runs of so many words, for each of these sizes (1..13)."""
+    found, total = [np.zeros(0, dtype=np.uint64)], np.zeros_like(words)
+    for place in range(min(max(sizes, default=0), len(words))):
+        total = total[: len(words) - place] + words[place:] * MIXERS[place]
+        if place + 1 in sizes:
+            found.append(scramble(total))
+    return np.concatenate(found)
 
 
 class Containment:
-    """Which of some texts' shingles were met in other texts, seen one after another."""
+    """Which of some texts' runs of words were met in other texts, seen one after another.
+
+    A text of less than thirteen words is one run.
+    """
 
     def __init__(self, texts: list[bytes]) -> None:
-        self._of_text = [shingles(text) for text in texts]
+        of_text = [list(words(text)) for text in texts]
+        size_of_text = [min(WORDS, sum(map(len, chunks))) for chunks in of_text]
+        self._sizes = set(size_of_text) - {0}
+        self._of_text = [
+            np.unique(np.concatenate([runs(chunk, {size}) for chunk in chunks]))
+            if size
+            else np.zeros(0, dtype=np.uint64)
+            for chunks, size in zip(of_text, size_of_text, strict=True)
+        ]
         self._known = np.unique(np.concatenate(self._of_text)) if texts else np.zeros(0, dtype=np.uint64)
         self._met = np.zeros(len(self._known), dtype=bool)
+        # Most runs are known nowhere; their low bits say so at once.
+        self._mask = np.uint64((1 << max(16, (8 * len(self._known)).bit_length())) - 1)
+        self._is_likely = np.zeros(int(self._mask) + 1, dtype=bool)
+        self._is_likely[self._known & self._mask] = True
 
     def see(self, text: bytes) -> None:
         """Mark what stands in this text too."""
-        if len(self._known):
-            numbers = shingles(text)
+        for chunk in words(text) if self._sizes else ():
+            numbers = runs(chunk, self._sizes)
+            numbers = numbers[self._is_likely[numbers & self._mask]]
             places = np.searchsorted(self._known, numbers).clip(max=len(self._known) - 1)
             self._met[places[self._known[places] == numbers]] = True
 
     def shares(self) -> list[float]:
-        """For each text, the share of its shingles that were met; 0 for a text too short to have any."""
+        """For each text, the share of its different runs that were met; 1 where it has no word to tell it by."""
         found = (self._met[np.searchsorted(self._known, numbers)] for numbers in self._of_text)
-        return [float(met.mean()) if len(met) else 0.0 for met in found]
+        return [float(met.mean()) if len(met) else 1.0 for met in found]

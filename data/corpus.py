@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,13 +128,24 @@ def _plain(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as lines:
-        offset = 0
-        for number, line in enumerate(lines, start=1):
-            _checked_utf8(line, file, offset)
-            offset += len(line)
-            if line.strip():
-                yield number, _text_of(line, file, number)
+    offset = 0
+    for number, line in enumerate(_lines(file), start=1):
+        _checked_utf8(line, file, offset)
+        offset += len(line)
+        if line.strip():
+            yield number, _text_of(line, file, number)
+
+
+def _lines(file: Path) -> Iterator[bytes]:
+    if file.suffix.lower() != ".gz":
+        with file.open("rb") as lines:
+            yield from lines
+        return
+    try:
+        with gzip.open(file, "rb") as lines:
+            yield from lines
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise Refusal(f"{file}: is not gzip, or cut short ({error}); compress or copy it again") from None
 
 
 def _parquet(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -178,7 +190,7 @@ def _checked_utf8(text: bytes, file: Path, offset: int) -> bytes:
 def _text_of(line: bytes, file: Path, number: int) -> bytes:
     try:
         text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise Refusal(f'{file}: line {number} is not an object with a "text" ({error})') from None
     if not isinstance(text, str):
         raise Refusal(f'{file}: line {number}: "text" must be a string, it is {type(text).__name__}')

@@ -56,17 +56,6 @@ class Blend:
         window = slice(first - chunk_start, first - chunk_start + count)
         return self._active[source[window]], number[window]
 
-    def used(self, count: int) -> list[int]:
-        """How many of the first `count` samples each source gives."""
-        chunk = self._chunk_of(count)
-        while len(self._behind) <= chunk:
-            self._chunk(len(self._behind) - 1)
-        start = self._start(chunk)
-        inside = np.bincount(self._chunk(chunk)[: count - start], minlength=len(self._shares))
-        of_source = np.zeros(len(self.weights), dtype=np.int64)
-        of_source[self._active] = np.array(self._used(start, self._behind[chunk])) + inside
-        return [int(used) for used in of_source]
-
     # A chunk never crosses a period, so that chunks of later periods meet the same (place, behind) again.
     @property
     def _chunk_length(self) -> int:

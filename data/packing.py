@@ -1,4 +1,4 @@
-"""Documents into rows of one length: every token exactly once, as few documents cut and as little padding as can be."""
+"""Documents into rows of one length: every target exactly once, few documents cut, little padding."""
 
 from bisect import bisect_left, insort
 from collections.abc import Callable
@@ -47,14 +47,19 @@ class Packing:
 
 
 def pieces(lengths: np.ndarray, sequence_length: int, pack: Pack = "best_fit", key: int = 0) -> Packing:
-    """Cut and pack documents of these lengths into rows; the same arguments always give the same rows."""
+    """Cut and pack documents of these lengths into rows; the same arguments always give the same rows.
+
+    Every token stands in one row, save a document's last where it would be a piece alone: it predicts nothing, and the
+    piece before has it as label. So each piece, and each row, has a target.
+    """
     lengths = np.asarray(lengths, dtype=np.int64)
     return PACKINGS[pack](lengths, sequence_length, key)
 
 
 def best_fit(lengths: np.ndarray, sequence_length: int, key: int) -> Packing:
     """Full rows from long documents, then each rest into the row it fills best (Ding et al., arXiv 2404.10830)."""
-    full_D, rest_D = np.divmod(lengths, sequence_length)
+    lone_D = (lengths > 0) & (lengths % sequence_length == 1 % sequence_length)
+    full_D, rest_D = np.divmod(lengths - lone_D, sequence_length)
     full_documents = np.repeat(np.arange(len(lengths)), full_D)
     full_starts = ragged_ranges(np.zeros_like(full_D), full_D) * sequence_length
     rest_documents = np.flatnonzero(rest_D)
@@ -80,15 +85,17 @@ def best_fit(lengths: np.ndarray, sequence_length: int, key: int) -> Packing:
 
 
 def concat(lengths: np.ndarray, sequence_length: int, key: int) -> Packing:
-    """All documents in random order as one stream, cut every `sequence_length` tokens."""
+    """All documents in random order as one stream, cut every `sequence_length` tokens; a lone end leaves its place."""
     order = permute(np.arange(len(lengths)), max(1, len(lengths)), key)
-    order = order[lengths[order] > 0]
+    order = order[lengths[order] > 1]
     ends = np.cumsum(lengths[order])
     total = int(ends[-1]) if len(ends) else 0
     cuts = np.unique(np.concatenate([[0], ends, np.arange(0, total, sequence_length)]))
     begins, stops = cuts[:-1], cuts[1:]
     place = np.searchsorted(ends, begins, side="right")
-    row_begins = np.searchsorted(begins, np.arange(0, total, sequence_length))
+    is_kept = (stops - begins > 1) | (stops < ends[place])
+    begins, stops, place = begins[is_kept], stops[is_kept], place[is_kept]
+    _, row_begins = np.unique(begins // sequence_length, return_index=True)
     return Packing(
         sequence_length,
         row_offsets=np.append(row_begins, len(begins)).astype(np.int64),

@@ -1,6 +1,7 @@
 """Documents into a folder of shards: train, held out, and a manifest that says what they are made of."""
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -9,25 +10,73 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from data.containment import Containment
-from data.corpus import Document, Documents, local_python
-from data.shards import FileDigest, Shard, ShardWriter, check_file, files_of
+from data.corpus import Document, Documents
+from data.shards import FileDigest, Shard, ShardWriter, anew, check_file, files_of
 from data.tokenizer import Tokenizer
-from settings import Refusal
+from settings import Refusal, Section
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out")
 HELD_OUT_SHARE = 0.03
 MOST_HELD_OUT_BYTES = 32 << 20
 # Held-out text of which more than this share stands in the training text is thrown away.
-MOST_CONTAINED = 0.5
+MOST_CONTAINED = 0.1
 # Token files above this size are not read whole each time they are opened; `python -m data verify` does.
 READ_WHOLE_BELOW = 256 << 20
 
 Manifest = dict[str, Any]
+
+
+class FileFacts(Section):
+    size: int
+    sha256: str
+
+
+class TokenizerFacts(Section):
+    fingerprint: str
+    vocab_size: int
+
+
+class SplitFacts(Section):
+    documents: int
+    tokens: int
+    bytes: int
+    files: dict[Literal["bin", "idx"], FileFacts]
+
+
+class HeldOutFacts(SplitFacts):
+    contained_share: float
+    """The share of this text's runs of thirteen words that training has too: what was kept, weighted by bytes."""
+
+
+class Splits(Section):
+    train: SplitFacts
+    held_out: HeldOutFacts
+
+
+class Contained(Section):
+    name: str
+    share: float
+
+
+class ManifestFacts(Section):
+    """What `manifest.json` holds."""
+
+    format: int
+    source: str
+    licence: str
+    tokenizer: TokenizerFacts
+    splits: Splits
+    duplicates: int
+    contained: tuple[Contained, ...]
+    """Documents that were to be held out and stand in neither half, as training has too much of them."""
+    recipe: str
 
 
 def prepare(documents: Documents, tokenizer: Tokenizer, folder: Path, held_out: float = HELD_OUT_SHARE) -> Manifest:
@@ -35,13 +84,24 @@ def prepare(documents: Documents, tokenizer: Tokenizer, folder: Path, held_out: 
 
     `held_out` is the share of bytes, split by package, that is kept from training (at most 32 MiB). Every stored
     document ends with `end_of_text`. The folder is written beside and renamed: it is whole or it is not there.
+    Raises Refusal where nothing is left to hold out.
     """
+    manifest, _ = prepare_or_reuse(documents, tokenizer, folder, held_out)
+    return manifest
+
+
+def prepare_or_reuse(
+    documents: Documents, tokenizer: Tokenizer, folder: Path, held_out: float = HELD_OUT_SHARE
+) -> tuple[Manifest, bool]:
+    """`prepare`, and whether it was this process that prepared."""
     if not 0 <= held_out < 1:
         raise Refusal(f"held_out={held_out} must be a share of the text: 0 or more, less than 1")
     recipe = recipe_of(documents, tokenizer, held_out)
     with _locked(folder):
-        if folder.exists():
-            return _reused(folder, recipe)
+        for stale in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)  # its process is dead, or it would hold the lock
+        if folder.exists() and not _is_empty(folder):
+            return _reused(folder, recipe), False
         beside = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         beside.mkdir(parents=True)
         try:
@@ -50,12 +110,7 @@ def prepare(documents: Documents, tokenizer: Tokenizer, folder: Path, held_out: 
             beside.rename(folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-    return manifest
-
-
-def prepare_local_python(tokenizer: Tokenizer, folder: Path) -> Manifest:
-    """Prepare the Python source code of this machine; seconds with the byte tokenizer."""
-    return prepare(local_python(), tokenizer, folder)
+    return manifest, True
 
 
 def recipe_of(documents: Documents, tokenizer: Tokenizer, held_out: float) -> str:
@@ -73,7 +128,7 @@ class Prepared:
         if made_with["fingerprint"] != tokenizer.fingerprint:
             raise Refusal(
                 f"{folder}: was prepared with another tokenizer (fingerprint {made_with['fingerprint'][:12]}..., "
-                f"data.tokenizer has {tokenizer.fingerprint[:12]}...); use that tokenizer or prepare the folder anew"
+                f"data.tokenizer has {tokenizer.fingerprint[:12]}...); use that tokenizer, or {anew(folder)}"
             )
         digests = _check_files(folder, self.manifest, read_whole)
         self.fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -89,16 +144,33 @@ def verify(folder: Path) -> Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
+    if folder.exists() and not folder.is_dir():
+        raise Refusal(f"{folder}: is a file, not a prepared folder; give another folder")
     if not path.is_file():
-        raise Refusal(f"{folder}: holds no {MANIFEST}; make it with `python -m data prepare SOURCE {folder}`")
+        made = f"`python -m data prepare SOURCE {folder}`"
+        if _is_empty(folder):
+            raise Refusal(f"{folder}: holds no {MANIFEST}; make it with {made}")
+        raise Refusal(
+            f"{folder}: holds files but no {MANIFEST}, so it is no prepared folder; "
+            f"give another folder, or remove this one and make it with {made}"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise Refusal(f"{path}: format {manifest['format']} is not {FORMAT}; prepare the folder anew")
-        _ = manifest["tokenizer"]["fingerprint"], [manifest["splits"][split]["files"] for split in SPLITS]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise Refusal(f"{path}: is damaged ({error!r}); prepare the folder anew") from None
+        if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
+            raise Refusal(f"{path}: format {manifest['format']} is not {FORMAT}; {anew(folder)}")
+        ManifestFacts.model_validate_json(json.dumps(manifest))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        raise Refusal(f"{path}: is damaged ({place or 'the whole'}: {problem['msg']}); {anew(folder)}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Refusal(f"{path}: is damaged ({error}); {anew(folder)}") from None
     return manifest
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether nothing is there: no such folder, or one without files."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _check_files(folder: Path, manifest: Manifest, read_whole: bool) -> list[str]:
@@ -178,21 +250,34 @@ def _write(documents: Documents, tokenizer: Tokenizer, folder: Path, held_out: f
             document, _ = _cut(document, plan.cut[1])
         containment.see(document.text)
         train.add(document)
-    kept, contained = Split(folder / "held_out", tokenizer), []
+    kept, contained, contained_bytes = Split(folder / "held_out", tokenizer), [], 0.0
     for document, share in zip(kept_back, containment.shares(), strict=True):
         if share > MOST_CONTAINED:
             contained.append({"name": document.name, "share": round(share, 4)})
         else:
             kept.add(document)
+            contained_bytes += share * len(document.text)
+    if contained and not kept.num_bytes:
+        raise Refusal(_all_contained(documents, contained, held_out))
+    contained_share = round(contained_bytes / max(1, kept.num_bytes), 4)
     return {
         "format": FORMAT,
         "source": documents.description,
         "licence": documents.licence,
         "tokenizer": {"fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
-        "splits": {"train": train.close(), "held_out": kept.close()},
+        "splits": {"train": train.close(), "held_out": kept.close() | {"contained_share": contained_share}},
         "duplicates": len(plan.duplicates),
         "contained": contained,
     }
+
+
+def _all_contained(documents: Documents, contained: list[dict[str, Any]], held_out: float) -> str:
+    first = contained[0]
+    return (
+        f"{documents.description}: all {len(contained)} documents that were to be held out were discarded, as training "
+        f"has more than {MOST_CONTAINED:.0%} of each (of {first['name']!r} {first['share']:.0%}); give text that "
+        f"repeats itself less, another share than held_out = {held_out:g}, or held_out = 0 to hold out nothing"
+    )
 
 
 class Split:
@@ -200,19 +285,19 @@ class Split:
 
     def __init__(self, prefix: Path, tokenizer: Tokenizer) -> None:
         self._writer, self._tokenizer = ShardWriter(prefix, tokenizer.vocab_size), tokenizer
-        self._bytes = 0
+        self.num_bytes = 0
 
     def add(self, document: Document) -> None:
         tokens = self._tokenizer.encode_bytes(document.text)
         self._writer.add(tokens, end=self._tokenizer.end_of_text)
-        self._bytes += len(document.text)
+        self.num_bytes += len(document.text)
 
     def close(self) -> dict[str, Any]:
         self._writer.close()
         return {
             "documents": len(self._writer.lengths),
             "tokens": sum(self._writer.lengths),
-            "bytes": self._bytes,
+            "bytes": self.num_bytes,
             "files": {kind: asdict(digest) for kind, digest in self._writer.digests.items()},
         }
 
@@ -233,8 +318,13 @@ def _cut(document: Document, place: int) -> tuple[Document, Document]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time prepares a folder; the others wait and then find it there."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    path = folder.with_name(f".{folder.name}.lock")
-    with path.open("w") as file:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = folder.with_name(f".{folder.name}.lock").open("w")
+    except OSError as error:
+        raise Refusal(
+            f"{folder.parent}: no prepared folder can be made there ({error.strerror}); give one that can be written"
+        ) from None
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

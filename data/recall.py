@@ -65,14 +65,59 @@ def needle_sample(  # noqa: PLR0917 (a recipe of plain numbers; callers name the
 ) -> NeedleSample:
     """A sample of exactly `length` tokens, answer included; `depth` in 0..1, or None for anywhere.
 
+    The haystack is one window of `haystack_tokens` (N,), inside one of its documents (parted by `end_of_text`) where
+    one is long enough; otherwise the window crosses borders and holds their `end_of_text`.
     Raises Refusal where the needles and the question do not fit, or the haystack is shorter than the sample needs.
     """
     maker = NeedleMaker(tokenizer, needles, key_letters, value_digits)
     keys_S = np.array([rng.integers(1 << 63)], dtype=np.uint64)
     depths_S = None if depth is None else np.array([depth])
-    tokens, answer_starts_S, depths_S = maker.make(keys_S, haystack_tokens, np.array([length]), depths_S)
+    haystack = Haystack.parted(haystack_tokens, tokenizer.end_of_text)
+    tokens, answer_starts_S, depths_S = maker.make(keys_S, haystack, np.array([length]), depths_S)
     start = int(answer_starts_S[0])
     return NeedleSample(tokens, slice(start, start + value_digits), float(depths_S[0]))
+
+
+class Haystack:
+    """Tokens (N,) that windows are drawn from: D documents end to end, each with `end_of_text` behind its text.
+
+    `lengths_D` counts that token. A draw is as likely to be any window that lies inside one document's text.
+    """
+
+    def __init__(self, tokens: np.ndarray, lengths_D: np.ndarray) -> None:
+        self.tokens = tokens
+        begins_D, text_D = np.cumsum(lengths_D) - lengths_D, lengths_D - 1
+        by_length = np.argsort(-text_D, kind="stable")
+        self._begins_D, self._text_D = begins_D[by_length], text_D[by_length]
+        self._text_before_D = np.concatenate([[0], np.cumsum(self._text_D)])
+
+    @classmethod
+    def parted(cls, tokens: np.ndarray, end_of_text: int) -> "Haystack":
+        """Documents found by their `end_of_text`; what follows the last one is a document too."""
+        ends = np.append(np.flatnonzero(tokens == end_of_text), len(tokens))
+        return cls(tokens, np.diff(ends, prepend=-1))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def starts(self, keys_S: np.ndarray, room_S: np.ndarray) -> np.ndarray:
+        """Where each sample's window of `room_S` tokens begins: inside a document, or anywhere if none is so long."""
+        fitting_S = np.searchsorted(-self._text_D, -room_S, side="right")
+        inside_S = self._starts_before(fitting_S, room_S)
+        choices_S = np.where(fitting_S > 0, inside_S, len(self) - room_S + 1)
+        drawn_S = (counted(keys_S, START) & np.uint64(2**62 - 1)).astype(np.int64) % choices_S
+        # Bisection for the document: the last one with no more windows before it than were drawn.
+        low_S, high_S = np.zeros_like(fitting_S), np.maximum(fitting_S - 1, 0)
+        while (low_S < high_S).any():
+            middle_S = (low_S + high_S + 1) // 2
+            is_beyond_S = self._starts_before(middle_S, room_S) > drawn_S
+            low_S, high_S = np.where(is_beyond_S, low_S, middle_S), np.where(is_beyond_S, middle_S - 1, high_S)
+        in_document_S = self._begins_D[low_S] + drawn_S - self._starts_before(low_S, room_S)
+        return np.where(fitting_S > 0, in_document_S, drawn_S)
+
+    def _starts_before(self, document_S: np.ndarray, room_S: np.ndarray) -> np.ndarray:
+        """How many windows of `room_S` tokens lie in the documents longer than this one (all of which fit)."""
+        return self._text_before_D[document_S] - document_S * (room_S - 1)
 
 
 class NeedleMaker:
@@ -101,7 +146,7 @@ class NeedleMaker:
         return self.needles * self.needle_length + self.question_length + 1
 
     def make(
-        self, keys_S: np.ndarray, haystack: np.ndarray, lengths_S: np.ndarray, depths_S: np.ndarray | None
+        self, keys_S: np.ndarray, haystack: Haystack, lengths_S: np.ndarray, depths_S: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One sample for each key, end to end: (tokens (sum of lengths,) int64, where each answer starts in its own
         sample (S,), the depths as they came out (S,))."""
@@ -111,8 +156,7 @@ class NeedleMaker:
         offset_S = np.cumsum(lengths_S) - lengths_S
         needle_tokens_SMX, question_SX = self._write(keys_S)
 
-        start_S = counted(keys_S, START).astype(np.int64) & np.int64(2**62 - 1)
-        start_S %= len(haystack) - room_S + 1
+        start_S = haystack.starts(keys_S, room_S)
         before_SM = (counted(keys_S[:, None], DEPTH + order) % (room_S[:, None] + 1).astype(np.uint64)).astype(np.int64)
         if depths_S is not None:
             before_SM[:, 0] = (depths_S * room_S).astype(np.int64)
@@ -124,7 +168,7 @@ class NeedleMaker:
             needles_before += np.repeat(before_SM[:, number], room_S) <= place
         tokens = np.empty(int(lengths_S.sum()), dtype=np.int64)
         target = np.repeat(offset_S, room_S) + place + needles_before * self.needle_length
-        tokens[target] = haystack[np.repeat(start_S, room_S) + place]
+        tokens[target] = haystack.tokens[np.repeat(start_S, room_S) + place]
         rank_SM = np.argsort(np.argsort(before_SM, axis=1, kind="stable"), axis=1, kind="stable")
         needle_at_SM = offset_S[:, None] + before_SM + rank_SM * self.needle_length
         tokens[needle_at_SM[:, :, None] + np.arange(self.needle_length)] = needle_tokens_SMX
@@ -156,7 +200,7 @@ class NeedleMaker:
         ]
         return np.concatenate(needle, axis=-1), np.concatenate(question, axis=-1)
 
-    def _check_room(self, haystack: np.ndarray, lengths_S: np.ndarray, room_S: np.ndarray) -> None:
+    def _check_room(self, haystack: Haystack, lengths_S: np.ndarray, room_S: np.ndarray) -> None:
         if len(room_S) and room_S.min() < 1:
             raise Refusal(
                 f"a sample of {lengths_S.min()} tokens has no room for needles={self.needles} of {self.needle_length} "
@@ -172,14 +216,15 @@ class NeedleMaker:
 class RecallSource:
     """Rows full of needle samples; row n is a function of (key, n) and the sequence length alone.
 
+    No label crosses a document's border, even where a window does because no document is as long as a sample.
     `below` is the fingerprint of the haystack's source.
     """
 
     def __init__(
-        self, name: str, settings: RecallSettings, tokenizer: Tokenizer, haystack: np.ndarray, below: str
+        self, name: str, settings: RecallSettings, tokenizer: Tokenizer, haystack: Haystack, below: str
     ) -> None:
         self.name, self.settings = name, settings
-        self.haystack = haystack
+        self.haystack, self._end_of_text = haystack, tokenizer.end_of_text
         self.maker = NeedleMaker(tokenizer, settings.needles, settings.key_letters, settings.value_digits)
         self.fingerprint = f"{derive(name, below, settings.model_dump_json(exclude={'weight'})):016x}"
 
@@ -215,8 +260,8 @@ class RecallSource:
         ends_S = np.cumsum(lengths_S)
         labels = np.append(tokens[1:], NO_TARGET)
         labels[ends_S - 1] = NO_TARGET
-        weights = np.ones(len(tokens), dtype=np.float32)
-        weights[ends_S - 1] = 0.0
+        labels[tokens == self._end_of_text] = NO_TARGET
+        weights = (labels != NO_TARGET).astype(np.float32)
         # The token before predicts: weights stand where labels stand.
         answer_SX = (ends_S - lengths_S + answer_start_S - 1)[:, None] + np.arange(self.maker.value_digits)
         weights[answer_SX] = self.settings.answer_weight

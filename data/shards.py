@@ -119,6 +119,11 @@ def files_of(prefix: Path) -> dict[str, Path]:
     return {"bin": bin_of(prefix), "idx": idx_of(prefix)}
 
 
+def anew(folder: Path) -> str:
+    """The way out where a prepared folder cannot be used: `prepare` keeps a folder that is there."""
+    return f"remove {folder} and prepare it anew"
+
+
 def digest(path: Path) -> FileDigest:
     """Size and sha256 of a file."""
     with path.open("rb") as file:
@@ -128,15 +133,15 @@ def digest(path: Path) -> FileDigest:
 def check_file(path: Path, expected: FileDigest, read_whole: bool) -> None:
     """Refuse a file that is missing or is not the one that its manifest describes."""
     if not path.is_file():
-        raise Refusal(f"{path}: is missing although its manifest names it; prepare the folder anew")
+        raise Refusal(f"{path}: is missing although its manifest names it; {anew(path.parent)}")
     size = path.stat().st_size
     if size != expected.size:
-        raise Refusal(f"{path}: has {size} bytes, its manifest says {expected.size}; prepare the folder anew")
+        raise Refusal(f"{path}: has {size} bytes, its manifest says {expected.size}; {anew(path.parent)}")
     found = digest(path).sha256 if read_whole else expected.sha256
     if found != expected.sha256:
         raise Refusal(
             f"{path}: was changed after it was prepared (sha256 {found[:12]}..., its manifest says "
-            f"{expected.sha256[:12]}...); restore it or prepare the folder anew"
+            f"{expected.sha256[:12]}...); restore it, or {anew(path.parent)}"
         )
 
 
@@ -150,7 +155,7 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
     _, version, code, count, _ = HEAD.unpack_from(data)
     if version != 1 or code not in CODES or len(data) < HEAD.size + 4 * count:
         raise Refusal(
-            f"{path}: version {version}, dtype code {code}, {count} documents cannot be read; prepare it anew"
+            f"{path}: version {version}, dtype code {code}, {count} documents cannot be read; {anew(path.parent)}"
         )
     return CODES[code], np.frombuffer(data, dtype="<i4", count=count, offset=HEAD.size).astype(np.int64)
 
@@ -160,7 +165,7 @@ def _map_tokens(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
         raise Refusal(f"{path}: no such token file; prepare the folder with `python -m data prepare`")
     if path.stat().st_size != count * dtype.itemsize:
         raise Refusal(
-            f"{path}: has {path.stat().st_size} bytes, its index says {count * dtype.itemsize}; prepare it anew"
+            f"{path}: has {path.stat().st_size} bytes, its index says {count * dtype.itemsize}; {anew(path.parent)}"
         )
     # An empty file cannot be mapped. asarray: plain arrays index faster than np.memmap.
     return np.asarray(np.memmap(path, dtype=dtype, mode="r")) if count else np.zeros(0, dtype=dtype)

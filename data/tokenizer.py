@@ -128,6 +128,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out_file: Path) -> BpeToken
     """Train byte-level BPE on these texts and write it as one JSON file, which the `tokenizers` package reads too."""
     if vocab_size < 258:
         raise Refusal(f"vocab_size={vocab_size} must be at least 258: 256 bytes, one merge and the end of text")
+    if out_file.is_dir():
+        raise Refusal(f"{out_file}: is a folder; name the file to write, such as {out_file / 'tokenizer.json'}")
+    try:
+        out_file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"{out_file.parent}: cannot be a folder ({error.strerror}); give another file") from None
     engine = tokenizers.Tokenizer(tokenizers.models.BPE())
     engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = tokenizers.decoders.ByteLevel()
@@ -139,10 +145,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out_file: Path) -> BpeToken
     engine.train_from_iterator(texts, trainer)
     # Added last, so that ids below it are ranks of merges and nothing else.
     engine.add_special_tokens([END_OF_TEXT])
-    out_file.parent.mkdir(parents=True, exist_ok=True)
     beside = out_file.with_name(out_file.name + ".partial")
-    engine.save(str(beside))
-    beside.replace(out_file)
+    try:
+        engine.save(str(beside))
+        beside.replace(out_file)
+    finally:
+        beside.unlink(missing_ok=True)
     return BpeTokenizer(out_file)
 
 

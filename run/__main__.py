@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from settings import Refusal
+from run.start import refusing
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -15,7 +15,8 @@ def main(words: Sequence[str] | None = None) -> int:
     report = commands.add_parser("report", help="write the report of a run again")
     report.add_argument("run_folder", help="for example runs/quickstart")
     arguments = parser.parse_args(words)
-    try:
+
+    def enter() -> None:
         if arguments.command == "doctor":
             from run.doctor import doctor, show
 
@@ -24,10 +25,8 @@ def main(words: Sequence[str] | None = None) -> int:
             from run.report import write_report
 
             print(write_report(arguments.run_folder))
-    except Refusal as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
-        return 2
-    return 0
+
+    return refusing(enter)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,20 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
 
+from run.identity import different_keys
 from run.optimizer_state import check_same, load_state, state_of
-from run.sealed import MANIFEST, Damaged, Tensors, clean, read_json, read_tensors, verify, write_sealed
+from run.sealed import (
+    MANIFEST,
+    Damaged,
+    Manifest,
+    Tensors,
+    clean,
+    read_json,
+    read_tensors,
+    read_text,
+    verify,
+    write_sealed,
+)
 from settings import Refusal, Section
 
 JSON: TypeAlias = Any
@@ -55,7 +67,7 @@ class Checkpoints:
         self.settings, self.model, self.optimizers = settings, model, tuple(optimizers)
         self.config_toml, self.warn = config_toml, warn
         self.latest_step: int | None = None
-        self._damaged: set[Path] = set()
+        self._verdicts: dict[Path, bool] = {}  # whether a folder is good, once that is known
         if _is_writer():
             self.folder.mkdir(parents=True, exist_ok=True)
             clean(self.folder)
@@ -84,8 +96,9 @@ class Checkpoints:
     def restore_latest(self) -> dict[str, JSON] | None:
         """Load the newest good checkpoint into model and optimizers and return its state; None where there is none.
 
-        A damaged checkpoint is warned about by name and the one before it is taken. Raises Refusal when all are
-        damaged, and, with nothing loaded, when the checkpoint is of another model or of another optimizer.
+        A checkpoint that is damaged, renamed or of another configuration is warned about by name and the one before
+        it is taken. Raises Refusal when none is good, when one cannot be read, and, with nothing loaded, when the
+        checkpoint is of another model or of another optimizer.
         """
         found = _newest_good(self.folder, self._read, self._skip)
         if found is None:
@@ -98,6 +111,7 @@ class Checkpoints:
             for name, tensor in weights.items():
                 targets[name].copy_(tensor)
         self.latest_step = _step_of(folder)
+        self._verdicts[folder] = True
         return state
 
     def _write(self, target: Path, step: int, state: Mapping[str, JSON]) -> None:
@@ -120,7 +134,7 @@ class Checkpoints:
 
     def _disk_full(self, target: Path, needed: int) -> Refusal:
         free = shutil.disk_usage(self.folder).free
-        good = next((folder for folder in _folders(self.folder) if _is_good(folder)), None)
+        good = next((folder for folder in _folders(self.folder) if self._is_good(folder)), None)
         kept = f"the last good checkpoint {good.name} is intact" if good else "there is no earlier checkpoint"
         return Refusal(
             f"{target}: the disk is full: a checkpoint needs {_megabytes(needed)}, {_megabytes(free)} are free in"
@@ -129,22 +143,44 @@ class Checkpoints:
 
     def _prune(self, newest: Path) -> None:
         """Keep the newest good folders; a damaged one goes once a good one as new as itself exists."""
-        good = [folder for folder in _folders(self.folder) if folder not in self._damaged or folder == newest]
+        self._verdicts[newest] = True
+        folders = _folders(self.folder)
+        good = [folder for folder in folders if self._is_good(folder)]
         stale = [folder for folder in good[self.settings.keep :] if folder != newest]
-        stale += [folder for folder in self._damaged if folder != newest and _step_of(folder) <= _step_of(newest)]
+        stale += [f for f in folders if self._is_good(f) is False and _step_of(f) <= _step_of(newest)]
         for folder in stale:
             shutil.rmtree(folder, ignore_errors=True)
-        self._damaged -= {*stale, newest}
+            self._verdicts.pop(folder, None)
+
+    def _is_good(self, folder: Path) -> bool | None:
+        """Whether a folder is a good checkpoint of this run; None where it cannot be read."""
+        if folder not in self._verdicts:
+            try:
+                self._verify(folder)
+            except Damaged as damage:
+                self._skip(folder, str(damage))
+            except Refusal:
+                return None
+            else:
+                self._verdicts[folder] = True
+        return self._verdicts[folder]
 
     def _skip(self, folder: Path, reason: str) -> None:
-        self._damaged.add(folder)
+        self._verdicts[folder] = False
         self.warn(f"checkpoint {folder.name} is damaged and not used: {reason} ({folder})")
 
+    def _verify(self, folder: Path) -> tuple[Manifest, dict[str, JSON]]:
+        manifest, state = _verify_steps(folder)
+        different = different_keys(read_text(folder, "config.toml"), self.config_toml)
+        if different:
+            raise Damaged(f"config.toml is of another configuration, different in {', '.join(different)}")
+        return manifest, state
+
     def _read(self, folder: Path) -> tuple[dict[str, JSON], Tensors, Tensors, dict[str, JSON]]:
-        manifest = verify(folder)
+        manifest, state = self._verify(folder)
         weights = read_tensors(folder, "model.safetensors", manifest)
         optimizer_tensors = read_tensors(folder, "optimizer.safetensors", manifest)
-        return read_json(folder, "state.json"), weights, optimizer_tensors, read_json(folder, "optimizer.json")
+        return state, weights, optimizer_tensors, read_json(folder, "optimizer.json")
 
 
 def read_checkpoint(
@@ -173,9 +209,20 @@ def read_checkpoint(
 
 
 def _read_for_evals(folder: Path) -> tuple[dict[str, JSON], str, Tensors]:
+    manifest, state = _verify_steps(folder)
+    return state, read_text(folder, "config.toml"), read_tensors(folder, "model.safetensors", manifest)
+
+
+def _verify_steps(folder: Path) -> tuple[Manifest, dict[str, JSON]]:
+    """Manifest and state of a verified folder; Damaged when folder, manifest and state do not name the same step."""
     manifest = verify(folder)
-    weights = read_tensors(folder, "model.safetensors", manifest)
-    return read_json(folder, "state.json"), (folder / "config.toml").read_text(encoding="utf-8"), weights
+    state = read_json(folder, "state.json")
+    steps = {MANIFEST: manifest.get("step"), "state.json": state.get("step", manifest.get("step"))}
+    if _is_step(folder):
+        steps["the folder's name"] = _step_of(folder)
+    if len(set(steps.values())) > 1:
+        raise Damaged("it was renamed or mixed: " + ", ".join(f"{where} says step {n}" for where, n in steps.items()))
+    return manifest, state
 
 
 def _newest_good(
@@ -185,7 +232,7 @@ def _newest_good(
     for candidate in _folders(folder):
         try:
             return candidate, read(candidate)
-        except (Damaged, OSError) as damage:
+        except Damaged as damage:
             skip(candidate, str(damage))
             reasons.append(f"  {candidate.name}: {damage}")
     if reasons:
@@ -203,20 +250,15 @@ def _targets(model: nn.Module) -> Tensors:
 
 def _folders(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest first."""
-    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=_step_of, reverse=True)
+    return sorted((path for path in folder.glob("step_*") if _is_step(path)), key=_step_of, reverse=True)
+
+
+def _is_step(folder: Path) -> bool:
+    return folder.is_dir() and folder.name.startswith("step_") and folder.name.removeprefix("step_").isdecimal()
 
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
-
-
-def _is_good(folder: Path) -> bool:
-    try:
-        verify(folder)
-    except (Damaged, OSError):
-        return False
-    return True
 
 
 def _is_writer() -> bool:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from run.metrics import Row, read_rows, short
+from run.metrics import POSITION, Row, read_rows, short
 from settings import Refusal
 
 
@@ -113,19 +113,40 @@ class RunFacts:
 
 
 def read_run(folder: Path) -> RunFacts:
-    """What a run's folder says; only config.toml has to be there."""
+    """What a run's folder says; only config.toml has to be there. Raises Refusal naming a file that is damaged."""
     path = folder / "config.toml"
     if not path.is_file():
         raise Refusal(f"{folder}: holds no config.toml, so it is no run; give a folder below runs/")
-    config_toml = path.read_text(encoding="utf-8")
-    environment = folder / "environment.json"
-    try:
-        config = tomllib.loads(config_toml)
-        described = json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {}
-    except ValueError as error:
-        raise Refusal(f"{folder}: config.toml or environment.json cannot be read: {error}") from None
-    metrics, evals = read_rows(folder / "metrics.jsonl"), read_rows(folder / "evals.jsonl")
+    config_toml, config = _read_config(path)
+    described = _read_environment(folder / "environment.json")
+    metrics = read_rows(folder / "metrics.jsonl")
+    evals = read_rows(folder / "evals.jsonl", (*POSITION, "task", "length", "score"))
     return RunFacts(folder.resolve(), config, config_toml, described, metrics, evals)
+
+
+def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
+    wayout = "put a good copy back (each checkpoint holds one)"
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = tomllib.loads(text)
+    except ValueError as error:
+        raise Refusal(f"{path}: is damaged: {error}; {wayout}") from None
+    for number, stage in enumerate(config.get("context", {}).get("stages", [])):
+        for key in ("until_tokens", "sequence_length"):
+            if key not in stage:
+                raise Refusal(f"{path}: is damaged: context.stages.{number} lacks {key}; {wayout}")
+    return text, config
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    wayout = "remove it, and the report does without"
+    try:
+        described = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise Refusal(f"{path}: is damaged: {error}; {wayout}") from None
+    if not isinstance(described, dict):
+        raise Refusal(f"{path}: is damaged: it holds no JSON object; {wayout}")
+    return described
 
 
 def _one_line(table: Any) -> str:

@@ -4,17 +4,21 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from settings import Refusal
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Row = dict[str, Any]
+POSITION = ("step", "tokens")
+"""What every row has: where in the run it was measured."""
 
 
 class HasRow(Protocol):
@@ -36,9 +40,9 @@ class Metrics:
         self._tensorboard = _open_tensorboard(folder / "tensorboard", self._resumed_step) if tensorboard else None
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append one row; it names its `step`. NaN and infinities become null."""
+        """Append one row; it names its `step` and `tokens`. NaN and infinities become null."""
         _write(self._metrics, [row])
-        self._mirror({key: value for key, value in row.items() if key not in ("step", "tokens")}, row["step"])
+        self._mirror({key: value for key, value in row.items() if key not in POSITION}, row["step"])
 
     def log_evals(self, step: int, tokens: int, cells: Iterable[Mapping[str, Any] | HasRow]) -> None:
         """Append one row for each cell: `step`, `tokens` and the cell's own fields."""
@@ -70,10 +74,13 @@ class Metrics:
                 self._tensorboard.add_scalar(tag, value, step)
 
 
-def read_rows(path: Path | str) -> list[Row]:
-    """The rows of a JSON-lines file; none where there is no file. An unfinished line is no row."""
+def read_rows(path: Path | str, keys: Sequence[str] = POSITION) -> list[Row]:
+    """The rows of a JSON-lines file; none where there is no file. An unfinished line is no row.
+
+    Raises Refusal naming the line of a row that lacks one of `keys`.
+    """
     path = Path(path)
-    return [row for _, row in _whole_lines(path)] if path.exists() else []
+    return [row for _, row in _whole_lines(path, keys)] if path.exists() else []
 
 
 class ProgressLine:
@@ -158,14 +165,23 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _whole_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    for line in path.read_bytes().split(b"\n")[:-1]:
+def _whole_lines(path: Path, keys: Sequence[str] = POSITION) -> Iterator[tuple[str, Row]]:
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
         except ValueError:  # cut short, or the zeros that a power cut leaves
             continue
         if isinstance(row, dict):
+            _check_row(row, keys, f"{path}, line {number}")
             yield line.decode("utf-8"), row
+
+
+def _check_row(row: Row, keys: Sequence[str], where: str) -> None:
+    lacking = [key for key in keys if key not in row]
+    wrong = [f"{key}={row[key]!r} is no number" for key in POSITION if not isinstance(row.get(key, 0), int)]
+    if lacking or wrong:
+        problem = "; ".join([f"lacks {', '.join(lacking)}"] * bool(lacking) + wrong)
+        raise Refusal(f"{where}: this row {problem}; remove the line or put a good copy of the file back")
 
 
 def _open_at(path: Path, last_step: int) -> TextIO:

@@ -141,5 +141,7 @@ def _flat(table: Any, key: str = "") -> Iterable[tuple[str, str]]:
     if isinstance(table, dict):
         for name, value in table.items():
             yield from _flat(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(table, list) and any(isinstance(item, dict) for item in table):
+        yield from _flat(dict(enumerate(table)), key)
     else:
         yield key, " ".join(map(str, table)) if isinstance(table, list) else str(table)

@@ -9,13 +9,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from settings import Refusal
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -72,16 +75,19 @@ def clean(folder: Path) -> None:
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest of a folder whose every file is as it was written; raises Damaged naming the first that is not."""
+    """The manifest of a folder whose every file is as it was written; raises Damaged naming the first that is not.
+
+    Only a missing file and a wrong content are damage. Raises Refusal when a file cannot be read at all: that says
+    nothing about what is in it.
+    """
     manifest = _read_manifest(folder)
     for name, facts in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            raise Damaged(f"{name} is missing")
-        size = path.stat().st_size
+        with _reading(path):
+            size = path.stat().st_size
+            digest = sha256(path) if size == facts["bytes"] else ""
         if size != facts["bytes"]:
             raise Damaged(f"{name} holds {size} bytes, the manifest says {facts['bytes']}")
-        digest = sha256(path)
         if digest != facts["sha256"]:
             raise Damaged(f"{name} has SHA-256 {digest[:16]}…, the manifest says {facts['sha256'][:16]}…")
     return manifest
@@ -93,9 +99,9 @@ def read_tensors(folder: Path, name: str, manifest: Manifest) -> Tensors:
     Raises Damaged when it is not safetensors, or when they are not the tensors of the manifest.
     """
     try:
-        with safe_open(folder / name, framework="pt", device="cpu") as file:
+        with _reading(folder / name), safe_open(folder / name, framework="pt", device="cpu") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise Damaged(f"{name} is not a safetensors file: {error}") from None
     found, promised = {key: _shape_of(tensor) for key, tensor in tensors.items()}, manifest["tensors"][name]
     if found != promised:
@@ -104,11 +110,22 @@ def read_tensors(folder: Path, name: str, manifest: Manifest) -> Tensors:
     return tensors | {name: tensors[kept] for name, kept in manifest["tied"][name].items()}
 
 
+def read_text(folder: Path, name: str) -> str:
+    """One text file of a verified folder."""
+    try:
+        with _reading(folder / name):
+            return (folder / name).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise Damaged(f"{name} cannot be read: {error}") from None
+
+
 def read_json(folder: Path, name: str) -> Any:
     """One JSON file of a verified folder."""
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(read_text(folder, name))
+    except ValueError as error:
+        if isinstance(error, Refusal):
+            raise
         raise Damaged(f"{name} cannot be read: {error}") from None
 
 
@@ -119,9 +136,6 @@ def sha256(path: Path) -> str:
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise Damaged(f"{MANIFEST} is missing")
     manifest = read_json(folder, MANIFEST)
     if not isinstance(manifest, dict) or "digest" not in manifest:
         raise Damaged(f"{MANIFEST} is not a manifest")
@@ -130,6 +144,20 @@ def _read_manifest(folder: Path) -> Manifest:
     if manifest["format"] != FORMAT:
         raise Damaged(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}")
     return manifest
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Tell what is damage (the file is gone) from what says nothing about the file (the machine cannot read it)."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError):
+        raise Damaged(f"{path.name} is missing") from None
+    except OSError as error:
+        raise Refusal(
+            f"{path}: cannot be read: {error.strerror or error}; nothing was loaded and nothing removed. Mend that and "
+            f"start the same command again, or move {path.parent.name} away to go on from the checkpoint before it"
+        ) from None
 
 
 def _whole(tensors: Mapping[str, torch.Tensor]) -> tuple[Tensors, dict[str, str]]:

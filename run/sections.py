@@ -99,8 +99,8 @@ def held_out(facts: RunFacts) -> Iterable[ReportSection]:
     if content:
         yield ReportSection(
             "Held-out text",
-            "Bits per byte of text held out of training, when the model may look back over so many tokens and no further. "
-            "Where a model uses its context, the line of the longer length lies below that of the shorter.",
+            "Bits per byte of text held out of training, when the model may look back over so many tokens and no "
+            "further. Where a model uses its context, the line of the longer length lies below that of the shorter.",
             [_picture("bits per byte against tokens", part, facts, len(part)) for part in _in_rows(content)],
         )
 

@@ -1,7 +1,7 @@
 """Start-up and ending of a run: ranks, device, precision, the run's folder, signals."""
 
 import contextlib
-import json
+import errno
 import os
 import signal
 import sys
@@ -20,11 +20,11 @@ from model.size import Size
 from parallel.replicate import World
 from run.config import RunConfig
 from run.environment import environment
-from settings import Refusal, differences, load, to_toml
+from run.folder import RUNS, choose_name, describe, hold, let_go, refuse_other_run
+from settings import Refusal
 
-RUNS = Path("runs")
-MAY_CHANGE = ("device", "log.", "checkpoint.", "profile", "threads")
-"""Where a run is computed and how it is watched: it may continue under other values of these keys."""
+NAMELESS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
+"""What writing to an open file may end with: the file system's errors that name no path."""
 
 
 @dataclass
@@ -55,36 +55,36 @@ class Run:
         return self.world.any(self.stop_requested, self.device)
 
     def open_folder(self, materials: dict[str, str], size: Size) -> None:
-        """Create the run's folder, once nothing is left that could be refused.
+        """Create the run's folder and hold it, once nothing is left that could be refused.
 
-        Writes config.toml, environment.json and materials.json (what the data is, by digest). Raises Refusal
-        when the data of a run that continues is not what it was.
+        From here on SIGTERM and SIGINT ask the run to save and stop. Raises Refusal when another process trains in
+        the folder, when it has been taken since, and when the data of a run that continues is not what it was.
         """
         if self.world.is_main:
-            recorded = self.folder / "materials.json"
-            if recorded.exists():
-                _refuse_other_materials(json.loads(recorded.read_text()), materials, self.folder)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.toml").write_text(to_toml(self.config))
-            recorded.write_text(json.dumps(materials, indent=2) + "\n")
+            hold(self.folder)
+            refuse_other_run(self.folder, self.config)  # again, as nobody held it while the data was prepared
             around = {
                 **environment(self.device, self.dtype, self.world.size),
                 "parameters": {"total": size.total, "active": size.active},
             }
-            (self.folder / "environment.json").write_text(json.dumps(around, indent=2) + "\n")
+            describe(self.folder, self.config, materials, around)
         self.world.wait()
+        _stop_on_signals(self)
 
     def finish(self) -> None:
-        """Leave the process group; all ranks arrive before one of them goes."""
+        """Let go of the folder and leave the process group; all ranks arrive before one of them goes."""
+        self.world.wait()
+        if self.world.is_main:
+            let_go(self.folder)
         if self.world.size > 1:
-            dist.barrier()
             dist.destroy_process_group()
 
 
 def start(config: RunConfig, *, fresh: bool = False) -> Run:
     """Join the ranks, choose device and precision, find the run's folder. Nothing is written yet.
 
-    Raises Refusal for a device or precision that is not there, and for a folder of another configuration.
+    The run's name in its configuration becomes that of the folder. Raises Refusal for a device or precision that is
+    not there, and for a folder of another configuration.
     """
     device = choose_device(config.device)
     world = join_ranks(device)
@@ -95,9 +95,8 @@ def start(config: RunConfig, *, fresh: bool = False) -> Run:
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.threads or max(1, cores // ranks_here))
     torch.manual_seed(config.seed)
-    run = Run(config, choose_folder(config, fresh), device, choose_dtype(config.precision, device), world)
-    _stop_on_signals(run)
-    return run
+    config = config.model_copy(update={"name": choose_name(config, fresh)})
+    return Run(config, RUNS / config.name, device, choose_dtype(config.precision, device), world)
 
 
 def join_ranks(device: torch.device) -> World:
@@ -126,39 +125,31 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def choose_folder(config: RunConfig, fresh: bool) -> Path:
-    """runs/<name>, continued when it holds this configuration; with `fresh` the next free runs/<name>-<number>."""
-    folder = RUNS / config.name
-    if fresh:
-        number = 2
-        while folder.exists():
-            folder, number = RUNS / f"{config.name}-{number}", number + 1
-        return folder
-    if not folder.exists() or not any(folder.iterdir()):
-        return folder
-    recorded = folder / "config.toml"
-    if not recorded.exists():
-        raise Refusal(f"{folder}: is not empty and holds no config.toml, so it is no run; choose another name=...")
-    changed = differences(load(recorded, [], RunConfig), config)
-    changed = [line for line in changed if not line.startswith(MAY_CHANGE)]
-    if changed:
-        listed = "\n  ".join(changed[:8] + ([f"and {len(changed) - 8} more"] if len(changed) > 8 else []))
-        raise Refusal(
-            f"{folder}: holds a run of another configuration:\n  {listed}\n"
-            f"use --fresh to start anew beside it, or name=... for a run of its own"
-        )
-    return folder
-
-
 def refusing(entry: Callable[[], None]) -> int:
-    """Run an entry point; a refusal becomes one message and exit status 2."""
+    """Run an entry point; a refusal, or a file system that refuses, becomes one message and exit status 2.
+
+    Every rank that refuses says so, as the others may not know. Ctrl-C ends with status 130.
+    """
     try:
         entry()
     except Refusal as refusal:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"refused: {refusal}", file=sys.stderr)
+        _complain(f"refused: {refusal}")
         return 2
+    except OSError as error:
+        if error.filename is None and error.errno not in NAMELESS:
+            raise
+        place = error.filename if error.filename is not None else "a file of this run"
+        _complain(f"refused: {place}: {error.strerror}; mend that and start the same command again")
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted; the same command starts it again, from its last checkpoint where there is one")
+        return 130
     return 0
+
+
+def _complain(line: str) -> None:
+    rank = f"rank {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"{rank}{line}", file=sys.stderr, flush=True)
 
 
 def _stop_on_signals(run: Run) -> None:
@@ -170,15 +161,6 @@ def _stop_on_signals(run: Run) -> None:
 
     signal.signal(signal.SIGTERM, request)
     signal.signal(signal.SIGINT, request)
-
-
-def _refuse_other_materials(before: dict[str, str], now: dict[str, str], folder: Path) -> None:
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
-        raise Refusal(
-            f"{folder}: cannot continue, its data has changed: {', '.join(sorted(changed))}; "
-            f"put the old data back, or use --fresh to start anew"
-        )
 
 
 def _cpu_has_amx() -> bool:

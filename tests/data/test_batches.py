@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from data.batches import Batch, Batches, DataSettings
 from data.corpus import text_documents
+from data.order import derive
+from data.packing import PACKINGS, Pack
 from data.prepare import Prepared, prepare
 from data.tokenizer import ByteTokenizer
 from settings import Refusal, validate
@@ -132,9 +134,11 @@ def test_labels_stay_inside_documents(folder: Path, pack: str) -> None:
 
 
 @pytest.mark.parametrize("pack", ["best_fit", "concat"])
-def test_an_epoch_has_every_token_once_and_the_next_has_another_order(folder: Path, pack: str) -> None:
+def test_an_epoch_has_every_token_once_and_the_next_has_another_order(folder: Path, pack: Pack) -> None:
     batches = Batches(settings_of(folder, pack=pack), seed=1)
-    num_rows = next(count for count in range(1, 10_000) if batches.epochs(64, {"prose": 1}, count)["prose"] >= 1)
+    prepared = prepared_of(folder, "prose")
+    key = derive("packing", prepared.fingerprint, 64)
+    num_rows = PACKINGS[pack](prepared.train.lengths, 64, key).num_rows
 
     def epoch(number: int) -> list[Batch]:
         return batches.take(2, 64, {"prose": 1}, number * num_rows, num_rows, 1)
@@ -144,11 +148,21 @@ def test_an_epoch_has_every_token_once_and_the_next_has_another_order(folder: Pa
     assert first != second
     tokens = np.concatenate([batch.tokens_BT.numpy().ravel() for batch in epoch(0)])
     labels = np.concatenate([batch.labels_BT.numpy().ravel() for batch in epoch(0)])
-    prepared = prepared_of(folder, "prose")
     train = prepared.train.tokens
     assert np.array_equal(np.bincount(tokens, minlength=257)[:256], np.bincount(train, minlength=257)[:256])
     # Each token but a document's first is a target once.
     assert (labels != -100).sum() == len(train) - prepared.train.num_documents
+
+
+@pytest.mark.parametrize("pack", ["best_fit", "concat"])
+def test_every_row_has_a_target(tmp_path: Path, pack: str) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(8):
+        (tmp_path / f"text/{number}.txt").write_text(chr(97 + number) * 32 * (number + 1))
+    sources = {"x": {"kind": "text", "path": str(tmp_path / "text"), "held_out": 0.0}}
+    table = {"sources": sources, "prepared": str(tmp_path / "prepared"), "pack": pack}
+    (batch,) = Batches(validate(table, DataSettings, "test"), seed=1).take(0, 32, {}, 0, 80, 80)
+    assert (batch.labels_BT != -100).any(dim=1).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -279,3 +293,10 @@ def test_impossible_settings_are_refused(folder: Path, tmp_path: Path, batches: 
             Batches(validate({"sources": {"x": source}, "prepared": str(tmp_path)}, DataSettings, "test"), seed=0)
     with pytest.raises(Refusal, match="'needles' is not a source with held-out text"):
         batches.held_out("needles")
+    (tmp_path / "file").write_text("x")
+    source = {"kind": "text", "path": str(folder / "prose")}
+    with pytest.raises(Refusal, match=r"data\.sources\.x: .*file: no prepared folder can be made there"):
+        Batches(validate({"sources": {"x": source}, "prepared": str(tmp_path / "file")}, DataSettings, "test"), seed=0)
+    source = {"kind": "shards", "path": str(tmp_path / "file")}
+    with pytest.raises(Refusal, match=r"data\.sources\.x: .*file: is a file, not a prepared folder"):
+        Batches(validate({"sources": {"x": source}}, DataSettings, "test"), seed=0)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.containment import CHUNK, Containment, shingles
+from data.containment import CHUNK, Containment
 
 
 def words(seed: int, count: int) -> bytes:
@@ -38,12 +38,30 @@ def test_long_text_is_found_across_chunks() -> None:
     assert checker.shares()[0] > 0.98
 
 
-def test_one_run_in_sixteen_is_kept() -> None:
-    assert len(shingles(words(5, 20_000))) == pytest.approx(20_000 / 16, rel=0.15)
+@pytest.mark.parametrize("count", range(1, 30))
+def test_short_texts_are_found_whole(count: int) -> None:
+    text = words(count, count)
+    checker = Containment([text, words(99, count)])
+    checker.see(words(3, 50) + b"\n" + text + b"\n" + words(4, 50))
+    assert checker.shares() == [1.0, 0.0]
 
 
-def test_short_and_empty_texts_have_nothing_to_find() -> None:
-    checker = Containment([b"", b"too few words"])
-    checker.see(b"too few words")
-    assert checker.shares() == [0.0, 0.0]
+def test_repetitive_text_is_found() -> None:
+    checker = Containment([b"pass\n" * 500])
+    checker.see(words(1, 50) + b" pass" * 40)
+    assert checker.shares() == [1.0]
+
+
+def test_scripts_without_spaces_are_told_apart_by_letters() -> None:
+    rng = np.random.default_rng(0)
+    one, other = ("".join(map(chr, rng.integers(0x4E00, 0x9000, size=400))) for _ in range(2))
+    checker = Containment([one.encode(), other.encode()])
+    checker.see((other[:7] + one[100:]).encode())
+    assert checker.shares() == [pytest.approx(0.75, abs=0.01), 0.0]
+
+
+def test_text_without_words_cannot_be_told_and_counts_as_contained() -> None:
+    checker = Containment([b"", b"... !"])
+    checker.see(b"some words")
+    assert checker.shares() == [1.0, 1.0]
     assert Containment([]).shares() == []

@@ -9,6 +9,8 @@ import pytest
 from data.corpus import Document, PythonDocuments, local_python, text_documents
 from settings import Refusal
 
+GZIPPED = gzip.compress(json.dumps({"text": "words " * 50}).encode())
+
 
 def made(root: Path, files: dict[str, bytes]) -> Path:
     for name, text in files.items():
@@ -95,6 +97,11 @@ def test_parquet(tmp_path: Path) -> None:
         ({"a.jsonl": b"[1]\n"}, r"a\.jsonl: line 1 is not an object"),
         ({"a.jsonl": b'{"text": 3}\n'}, r"line 1: \"text\" must be a string, it is int"),
         ({"a.txt": b"", "b.md": b"\n \n"}, "is empty; give text to train on"),
+        ({"a.jsonl.gz": b"no gzip"}, r"a\.jsonl\.gz: is not gzip, or cut short"),
+        ({"a.jsonl.gz": GZIPPED[:-20]}, r"a\.jsonl\.gz: is not gzip, or cut short"),
+        ({"a.jsonl.gz": GZIPPED[:10] + b"\xff" * 40}, r"a\.jsonl\.gz: is not gzip, or cut short"),
+        ({"a.jsonl": b'{"text": "x", "n": ' + b"1" * 5000 + b"}\n"}, r"a\.jsonl: line 1 is not an object"),
+        ({"a.jsonl": b"[" * 200_000 + b"\n"}, r"a\.jsonl: line 1 is not an object"),
     ],
 )
 def test_bad_text_is_refused(tmp_path: Path, files: dict[str, bytes], match: str) -> None:

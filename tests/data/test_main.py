@@ -1,9 +1,12 @@
 """The commands: shards and tokenizers from text, one message and exit status 2 for what can be mended."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+import data.prepare
 from data.__main__ import main
 from data.prepare import Prepared
 from data.tokenizer import BpeTokenizer
@@ -34,3 +37,47 @@ def test_what_can_be_mended_ends_with_two(
     output = capsys.readouterr()
     assert output.out == ""
     assert len(output.err.strip().splitlines()) == 1
+    assert output.err.startswith("refused: ")
+
+
+def test_a_tokenizer_is_not_written_over_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "out").mkdir()
+    assert main(["train-tokenizer", str(tmp_path / "a.txt"), str(tmp_path / "out"), "--vocab-size", "260"]) == 2
+    assert "out: is a folder; name the file to write" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "out"}
+
+
+def test_an_interrupt_is_one_line_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "a.txt").write_text("some text")
+    monkeypatch.setattr("data.prepare.Split.add", interrupt)
+    assert main(["prepare", str(tmp_path / "a.txt"), str(tmp_path / "out")]) == 130
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", ".out.lock"}
+
+
+def test_speed_is_told_only_by_who_prepared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("one line of text")
+    command = ["prepare", str(tmp_path / "a.txt"), str(tmp_path / "out"), "--held-out", "0"]
+    lock = data.prepare._locked
+
+    @contextmanager
+    def waited(folder: Path) -> Iterator[None]:
+        monkeypatch.setattr("data.prepare._locked", lock)
+        assert main(command) == 0  # another process, while this one waits
+        assert "MB/s" in capsys.readouterr().out
+        with lock(folder):
+            yield
+
+    monkeypatch.setattr("data.prepare._locked", waited)
+    assert main(command) == 0
+    output = capsys.readouterr().out
+    assert "was there already" in output
+    assert "MB/s" not in output

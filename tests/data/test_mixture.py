@@ -82,13 +82,6 @@ def test_far_away_is_reached_without_walking() -> None:
     assert number[source == 0].min() == 6 * 10**8
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.integers(0, 20_000))
-def test_used_counts_the_prefix(count: int) -> None:
-    source, _ = Blend((0, 3, 0.37)).take(0, count)
-    assert Blend((0, 3, 0.37)).used(count) == np.bincount(source, minlength=3).tolist()
-
-
 def test_a_source_of_weight_zero_gives_nothing() -> None:
     assert set(Blend((0.0, 1.0, 0.0)).take(0, 100)[0].tolist()) == {1}
 

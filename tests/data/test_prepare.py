@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.corpus import Document, text_documents
-from data.prepare import Prepared, prepare, survey, verify
+from data.prepare import Prepared, prepare, prepare_or_reuse, survey, verify
 from data.tokenizer import ByteTokenizer, train_bpe
 from settings import Refusal
 
@@ -92,6 +92,71 @@ def test_held_out_text_inside_training_text_is_thrown_away(tmp_path: Path) -> No
     assert texts[victim] not in texts_of(tmp_path / "out", "held_out")
     assert texts[victim] not in texts_of(tmp_path / "out", "train")
     assert texts[host] in texts_of(tmp_path / "out", "train")
+
+
+def test_the_manifest_says_how_much_of_what_was_kept_is_contained(tmp_path: Path) -> None:
+    texts = {name: words(number, 400) for number, name in enumerate(many(100))}
+    held_out = [list(texts)[number] for number in sorted(survey(Listed(texts), 0.1).held_out)]
+    victim = held_out[0]
+    host = next(name for name in reversed(texts) if name not in held_out)
+    # 33 words are 21 runs of 13 words, of 388 in all.
+    texts[host] = texts[host][:-1] + b" " + b" ".join(texts[victim].split()[:33])
+    manifest = prepare(Listed(texts), BYTES, tmp_path / "out", 0.1)
+    assert manifest["contained"] == []
+    kept = len(held_out)
+    assert manifest["splits"]["held_out"]["contained_share"] == pytest.approx(21 / 388 / kept, rel=0.05)
+
+
+def test_short_repetitive_and_empty_of_words_is_never_held_out_unseen(tmp_path: Path) -> None:
+    texts = many(100) | {f"short{number}": b"def main(): %s" % (b"pass " * (number + 1)) for number in range(100)}
+    prepare(Listed(texts), BYTES, tmp_path / "out", 0.3)
+    train = b"\n".join(texts_of(tmp_path / "out", "train"))
+    held_out = texts_of(tmp_path / "out", "held_out")
+    assert held_out
+    assert not [text for text in held_out if text.strip() in train]
+
+
+def test_nothing_left_to_hold_out_is_refused(tmp_path: Path) -> None:
+    texts = {f"p{number}": b"the same words again and again " * (number + 3) for number in range(40)}
+    with pytest.raises(
+        Refusal, match=r"a list: all \d+ documents that were to be held out were discarded.*held_out = 0"
+    ):
+        prepare(Listed(texts), BYTES, tmp_path / "out", 0.1)
+    assert not (tmp_path / "out").exists()
+    assert prepare(Listed(texts), BYTES, tmp_path / "out", 0.0)["splits"]["train"]["documents"] == 40
+
+
+def test_an_empty_folder_is_filled_and_another_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    _, is_new = prepare_or_reuse(Listed(many(9)), BYTES, tmp_path / "out", 0.1)
+    assert is_new
+    _, is_new = prepare_or_reuse(Listed(many(9)), BYTES, tmp_path / "out", 0.1)
+    assert not is_new
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("dear")
+    with pytest.raises(Refusal, match=r"mine: holds files but no manifest\.json.*remove this one"):
+        prepare(Listed(many(9)), BYTES, tmp_path / "mine", 0.1)
+    assert (tmp_path / "mine/letter.txt").exists()
+
+
+def test_what_a_dead_process_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "out.partial-123").mkdir()
+    (tmp_path / "out.partial-123/train.bin").write_bytes(b"x")
+    (tmp_path / "other.partial-123").mkdir()
+    prepare(Listed(many(9)), BYTES, tmp_path / "out", 0.1)
+    assert not (tmp_path / "out.partial-123").exists()
+    assert (tmp_path / "other.partial-123").exists()
+
+
+@pytest.mark.parametrize("key", ["source", "splits", "duplicates", "contained", "recipe", "tokenizer"])
+def test_a_manifest_without_a_key_is_refused(tmp_path: Path, key: str) -> None:
+    manifest = prepare(Listed(many(9)), BYTES, tmp_path / "out", 0.1)
+    for damaged in ({name: fact for name, fact in manifest.items() if name != key}, manifest | {key: []}, []):
+        if damaged == manifest:
+            continue
+        (tmp_path / "out/manifest.json").write_text(json.dumps(damaged))
+        with pytest.raises(Refusal, match=r"manifest\.json: is damaged .*; remove .*out and prepare it anew"):
+            verify(tmp_path / "out")
 
 
 def test_one_long_document_is_cut_at_a_line(tmp_path: Path) -> None:

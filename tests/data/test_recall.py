@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.recall import LETTERS, NeedleMaker, RecallSettings, RecallSource, needle_sample
+from data.recall import LETTERS, Haystack, NeedleMaker, RecallSettings, RecallSource, needle_sample
 from data.rows import NO_TARGET
 from data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 from settings import Refusal
@@ -87,7 +87,8 @@ def test_keys_values_and_depths_are_spread_evenly() -> None:
     maker = NeedleMaker(BYTES, 1, 2, 4)
     keys = np.arange(4000, dtype=np.uint64) * np.uint64(7)
     lengths = np.full(4000, 120)
-    tokens, starts, depths = maker.make(keys, haystack_of(BYTES), lengths, None)
+    haystack = Haystack.parted(haystack_of(BYTES), BYTES.end_of_text)
+    tokens, starts, depths = maker.make(keys, haystack, lengths, None)
     rows = tokens.reshape(4000, 120)
     assert depths.mean() == pytest.approx(0.5, abs=0.02)
     first_letter = rows[:, 120 - maker.question_length + 1]
@@ -111,8 +112,54 @@ def test_what_does_not_fit_is_refused(length: int, needles: int, match: str) -> 
         needle_sample(np.random.default_rng(0), BYTES, haystack_of(BYTES), length, None, needles, letters)
 
 
-def source(**chosen: object) -> RecallSource:
-    return RecallSource("n", RecallSettings(haystack="t", **chosen), BYTES, haystack_of(BYTES), "below")  # type: ignore[arg-type]
+def source(haystack: np.ndarray | None = None, **chosen: object) -> RecallSource:
+    parted = Haystack.parted(haystack_of(BYTES) if haystack is None else haystack, BYTES.end_of_text)
+    return RecallSource("n", RecallSettings(haystack="t", **chosen), BYTES, parted, "below")  # type: ignore[arg-type]
+
+
+def documents_of(*lengths: int) -> np.ndarray:
+    """Documents of these many tokens and an end each; document d is letters chr(97 + d)."""
+    return np.concatenate([[97 + number] * length + [BYTES.end_of_text] for number, length in enumerate(lengths)])
+
+
+def test_windows_lie_inside_one_document_where_one_is_long_enough() -> None:
+    haystack = documents_of(30, 150, 3, 110, 0, 108, 40)
+    room, draws = 108, 20_000
+    starts = Haystack.parted(haystack, BYTES.end_of_text).starts(
+        np.arange(draws, dtype=np.uint64), np.full(draws, room)
+    )
+    windows, counts = np.unique(starts, return_counts=True)
+    inside = [start for start in range(len(haystack) - room + 1) if len(set(haystack[start : start + room])) == 1]
+    inside = [start for start in inside if haystack[start] != BYTES.end_of_text]
+    assert windows.tolist() == inside
+    assert np.abs(counts / draws * len(inside) - 1).max() < 0.25  # each window as likely as another
+
+
+def test_windows_of_mixed_lengths_at_once() -> None:
+    haystack = documents_of(30, 150, 3, 110, 0, 108, 40)
+    rng = np.random.default_rng(0)
+    keys, rooms = rng.integers(1 << 63, size=3000).astype(np.uint64), rng.integers(1, 300, size=3000)
+    parted = Haystack.parted(haystack, BYTES.end_of_text)
+    starts = parted.starts(keys, rooms)
+    assert np.array_equal(starts[5:6], parted.starts(keys[5:6], rooms[5:6]))
+    for start, room in zip(starts.tolist(), rooms.tolist(), strict=True):
+        assert 0 <= start <= len(haystack) - room
+        assert (room <= 150) == (BYTES.end_of_text not in haystack[start : start + room])
+
+
+def test_text_after_the_last_end_is_a_document() -> None:
+    sample = needle_sample(np.random.default_rng(0), BYTES, documents_of(20, 20, 100)[:-1], 100)
+    assert BYTES.end_of_text not in sample.tokens
+
+
+@pytest.mark.parametrize("lengths", [(500, 300), (9,) * 60])
+def test_no_label_crosses_a_border_of_documents(lengths: tuple[int, ...]) -> None:
+    rows = source(documents_of(*lengths), answer_weight=3.0).rows(np.arange(50), 128, 7)
+    is_end = rows.tokens_RT == BYTES.end_of_text
+    assert is_end.any() == (len(lengths) > 2)
+    assert (rows.labels_RT[is_end] == NO_TARGET).all()
+    assert np.array_equal(rows.weights_RT == 0, rows.labels_RT == NO_TARGET)
+    assert (rows.labels_RT != NO_TARGET).any(axis=1).all()
 
 
 @pytest.mark.parametrize("sequence_length", [128, 200, 512])

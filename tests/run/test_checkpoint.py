@@ -75,10 +75,12 @@ def train(model: nn.Module, optimizers: Optimizers, steps: range) -> None:
             optimizer.step()
 
 
-def open_in(folder: Path, model: nn.Module, optimizers: Optimizers, keep: int = 3) -> tuple[Checkpoints, list[str]]:
+def open_in(
+    folder: Path, model: nn.Module, optimizers: Optimizers, keep: int = 3, config: str = 'name = "tiny"\n'
+) -> tuple[Checkpoints, list[str]]:
     warnings: list[str] = []
     settings = CheckpointSettings(keep=keep)
-    return Checkpoints(folder, settings, model, optimizers, 'name = "tiny"\n', warnings.append), warnings
+    return Checkpoints(folder, settings, model, optimizers, config, warnings.append), warnings
 
 
 def saved_run(folder: Path, steps: int = 2, keep: int = 3) -> list[Path]:
@@ -206,6 +208,76 @@ def test_damaged_checkpoints_do_not_push_good_ones_out(tmp_path: Path) -> None:
     assert open_in(tmp_path, *build())[0].restore_latest() == {"steps": 3}
     checkpoints.save(4, {"steps": 4})
     assert sorted(path.name[-1] for path in checkpoints.folder.iterdir()) == ["3", "4"]
+
+
+def test_an_old_damaged_checkpoint_does_not_push_a_good_one_out(tmp_path: Path) -> None:
+    paths = saved_run(tmp_path, steps=4, keep=4)
+    (paths[2] / "optimizer.json").write_text("{}")  # older than the newest, so that restoring does not look at it
+    model, optimizers = build()
+    checkpoints, warnings = open_in(tmp_path, model, optimizers, keep=3)
+    assert checkpoints.restore_latest() == {"steps": 4}
+    checkpoints.save(5, {"steps": 5})
+    assert sorted(path.name[-1] for path in checkpoints.folder.iterdir()) == ["2", "4", "5"]
+    assert len(warnings) == 1 and "step_00000003" in warnings[0]
+
+
+def test_a_renamed_checkpoint_is_passed_over_by_name(tmp_path: Path) -> None:
+    older, newest = saved_run(tmp_path)
+    renamed = newest.rename(newest.with_name("step_00000009"))
+    model, optimizers = build(seed=2)
+    checkpoints, warnings = open_in(tmp_path, model, optimizers)
+    assert checkpoints.restore_latest() == {"steps": 1} and checkpoints.latest_step == 1
+    assert len(warnings) == 1 and "step_00000009" in warnings[0] and "says step 2" in warnings[0]
+    with pytest.raises(Refusal, match="says step 2"):
+        read_checkpoint(renamed)
+    train(model, optimizers, range(1, 9))
+    checkpoints.save(9, {"steps": 9})
+    assert open_in(tmp_path, *build())[0].restore_latest() == {"steps": 9}
+    assert older.is_dir()
+
+
+def test_a_state_of_another_step_is_damage(tmp_path: Path) -> None:
+    checkpoints, _ = open_in(tmp_path, *build())
+    checkpoints.save(1, {"step": 1, "tokens": 10})
+    checkpoints.save(2, {"step": 1, "tokens": 10})
+    checkpoints, warnings = open_in(tmp_path, *build())
+    assert checkpoints.restore_latest() == {"step": 1, "tokens": 10} and checkpoints.latest_step == 1
+    assert "state.json says step 1" in warnings[0]
+
+
+def test_a_checkpoint_of_another_configuration_is_passed_over_by_name(tmp_path: Path) -> None:
+    foreign, _ = open_in(tmp_path / "other", *build(), config='name = "o"\nseed = 1\n')
+    copied = foreign.save(7, {"steps": 7})
+    saved_run(tmp_path)
+    shutil.copytree(copied, tmp_path / "checkpoints" / copied.name)
+    checkpoints, warnings = open_in(tmp_path, *build(seed=4))
+    assert checkpoints.restore_latest() == {"steps": 2}
+    assert len(warnings) == 1 and copied.name in warnings[0] and "seed" in warnings[0]
+    with pytest.raises(Refusal, match="another configuration"):
+        open_in(tmp_path / "other", *build())[0].restore_latest()
+    watched_otherwise = 'name = "renamed"\nthreads = 4\n[log]\nevery_steps = 1\n'
+    checkpoints, warnings = open_in(tmp_path, *build(), config=watched_otherwise)
+    shutil.rmtree(tmp_path / "checkpoints" / copied.name)
+    assert checkpoints.restore_latest() == {"steps": 2} and not warnings
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.EACCES])
+def test_a_file_that_cannot_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    paths = saved_run(tmp_path, steps=3)
+    checkpoints, warnings = open_in(tmp_path, *build(), keep=1)
+
+    def failing(path: Path) -> str:
+        raise OSError(code, "not now", str(path))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(run.sealed, "sha256", failing)
+        with pytest.raises(Refusal, match=r"step_00000003/.*not now"):
+            checkpoints.restore_latest()
+        with pytest.raises(Refusal, match="not now"):
+            read_checkpoint(tmp_path)
+        checkpoints._prune(paths[-1])
+    assert all(path.is_dir() for path in paths) and not warnings
+    assert checkpoints.restore_latest() == {"steps": 3}
 
 
 def test_another_models_checkpoint_is_refused_and_nothing_is_loaded(tmp_path: Path) -> None:

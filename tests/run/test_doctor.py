@@ -4,6 +4,7 @@ import io
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 
 from attention.core import BACKENDS
@@ -11,6 +12,7 @@ from moe.experts import MATMULS
 from run import doctor as room
 from run.__main__ import main
 from run.doctor import Finding, doctor, show
+from run.environment import machine
 
 
 def test_every_backend_and_package_is_listed_once_with_a_detail() -> None:
@@ -22,6 +24,12 @@ def test_every_backend_and_package_is_listed_once_with_a_detail() -> None:
     assert expected <= set(places)
     assert all(finding.detail for finding in findings)
     assert all(finding.is_on for finding in findings if finding.part == "packages")
+
+
+def test_the_processor_is_the_one_that_a_run_records() -> None:
+    (detail,) = (finding.detail for finding in doctor() if finding.name == "processor")
+    name = machine(torch.device("cpu")).rpartition(", ")[0]
+    assert name and detail.startswith(f"{name}, ")
 
 
 def test_what_is_not_there_is_off_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from run.metrics import Metrics, ProgressLine, clock, read_rows, short
+from settings import Refusal
 
 
 @dataclass
@@ -67,8 +68,18 @@ def test_any_moment_of_death_leaves_whole_rows(tmp_path: Path) -> None:
 
 
 def test_zeros_left_by_a_power_cut_are_no_row(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\0\0\0\0\n{"step": 2}\n\0\0')
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "tokens": 1}\n\0\0\0\0\n{"step": 2, "tokens": 2}\n\0\0')
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize("row", ['{"tokens": 1}', '{"step": 1}', '{"step": null, "tokens": 1}'])
+def test_a_row_without_step_or_tokens_is_refused_by_line(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "tokens": 1}\n' + row + "\n")
+    for read in (lambda: read_rows(path), lambda: Metrics(tmp_path, 1, tensorboard=False)):
+        with pytest.raises(Refusal, match=r"metrics\.jsonl, line 2: .*(step|tokens)"):
+            read()
+    assert row in path.read_text(), "nothing is lost by a refusal"
 
 
 def test_evals_asked_again_at_the_resumed_step_replace_the_old_ones(tmp_path: Path) -> None:

@@ -224,6 +224,23 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert main(["report", str(tmp_path)]) == 0 and (tmp_path / "report.html").is_file()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.toml", "total_tokens = "),
+        ("config.toml", "[[context.stages]]\nuntil_tokens = 5\n"),
+        ("environment.json", '{"machine": '),
+        ("environment.json", "[]"),
+        ("metrics.jsonl", '{"loss": 1.0}\n'),
+        ("evals.jsonl", '{"step": 1, "tokens": 1, "task": "needle"}\n'),
+    ],
+)
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str, content: str) -> None:
+    (make_run(tmp_path) / name).write_text(content)
+    with pytest.raises(Refusal, match=name.replace(".", r"\.")):
+        read_run(tmp_path)
+
+
 def test_a_smoothed_line_keeps_straight_lines_straight_and_skips_gaps() -> None:
     line = [3.0 - 0.5 * x for x in range(100)]
     assert smooth(line) == pytest.approx(line)

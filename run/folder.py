@@ -1,0 +1,156 @@
+"""The folder of a run: which one it is, that one process alone writes there, and what describes it."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from run.config import RunConfig
+from run.identity import MAY_CHANGE
+from run.metrics import read_rows
+from settings import Refusal, differences, load, to_toml
+
+RUNS = Path("runs")
+_held: dict[Path, IO[str]] = {}  # flock knows open files, not processes: opened twice, we would lock ourselves out
+
+
+def choose_name(config: RunConfig, fresh: bool) -> str:
+    """The name of the run: its own, or with `fresh` the next free <name>-<number>.
+
+    Raises Refusal when runs/<name> may not be continued under this configuration.
+    """
+    name, number = config.name, 2
+    while fresh and (RUNS / name).exists():
+        name, number = f"{config.name}-{number}", number + 1
+    refuse_other_run(RUNS / name, config)
+    return name
+
+
+def refuse_other_run(folder: Path, config: RunConfig) -> None:
+    """Raise Refusal when a folder holds something else than a run of this configuration.
+
+    A run that has neither a checkpoint nor a row of metrics has nothing to lose: its folder is free.
+    """
+    if not folder.exists() or all(path.name.startswith(".") for path in folder.iterdir()):
+        return
+    recorded = folder / "config.toml"
+    if not recorded.exists():
+        raise Refusal(f"{folder}: is not empty and holds no config.toml, so it is no run; choose another name=...")
+    if not has_progress(folder):
+        return
+    before = _load_recorded(recorded)
+    before = before.model_copy(update={key: getattr(config, key) for key in MAY_CHANGE})
+    changed = differences(before, config)
+    if changed:
+        listed = "\n  ".join(changed[:8] + ([f"and {len(changed) - 8} more"] if len(changed) > 8 else []))
+        raise Refusal(
+            f"{folder}: holds a run of another configuration:\n  {listed}\n"
+            f"use --fresh to start anew beside it, or name=... for a run of its own"
+        )
+
+
+def has_progress(folder: Path) -> bool:
+    """Whether a run's folder holds a checkpoint or a row of metrics."""
+    return any((folder / "checkpoints").glob("step_*")) or bool(read_rows(folder / "metrics.jsonl"))
+
+
+def hold(folder: Path) -> None:
+    """Create the folder and keep it for this process until `let_go`; Refusal when another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = (folder / ".lock").resolve()
+    if path in _held:
+        return
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise Refusal(
+            f"{folder}: another process is training in this folder; "
+            f"wait for it, stop it, or use --fresh or another name=..."
+        ) from None
+    _held[path] = file
+
+
+def let_go(folder: Path) -> None:
+    """Let other processes write in the folder."""
+    file = _held.pop((folder / ".lock").resolve(), None)
+    if file is not None:
+        file.close()
+
+
+def describe(folder: Path, config: RunConfig, materials: dict[str, str], around: dict[str, Any]) -> None:
+    """Write config.toml, materials.json (what the data is, by digest) and environment.json (versions and machine).
+
+    environment.json keeps the facts of the first start; what is new at a later one is added to `restarts`.
+    Raises Refusal, with nothing written, when the data of a run that continues is not what it was.
+    """
+    continues = has_progress(folder)
+    if continues:
+        _refuse_other_materials(folder, materials)
+        around = _with_restart(folder, config, around)
+    _write(folder / "config.toml", to_toml(config))
+    _write(folder / "materials.json", json.dumps(materials, indent=2) + "\n")
+    _write(folder / "environment.json", json.dumps(around, indent=2) + "\n")
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object; nothing where there is no file. Raises Refusal when it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Refusal(f"{path}: is damaged: {error}; put a good copy back, or use --fresh to start anew") from None
+    if not isinstance(table, dict):
+        raise Refusal(f"{path}: is damaged: no JSON object; put a good copy back, or use --fresh to start anew")
+    return table
+
+
+def _load_recorded(path: Path) -> RunConfig:
+    try:
+        return load(path, [], RunConfig)
+    except Refusal as refusal:
+        raise Refusal(
+            f"{refusal}\n{path} is damaged or of another version: put a good copy back (each checkpoint holds one), "
+            f"or use --fresh to start anew"
+        ) from None
+
+
+def _refuse_other_materials(folder: Path, now: dict[str, str]) -> None:
+    path = folder / "materials.json"
+    before = read_table(path) if path.exists() else now
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if changed:
+        raise Refusal(
+            f"{folder}: cannot continue, its data has changed: {', '.join(sorted(changed))}; "
+            f"put the old data back, or use --fresh to start anew"
+        )
+
+
+def _with_restart(folder: Path, config: RunConfig, now: dict[str, Any]) -> dict[str, Any]:
+    """The facts of the first start, and what is new since the last one, unless the run has nothing left to do."""
+    first = read_table(folder / "environment.json") or now
+    restarts = first.get("restarts", [])
+    last = dict(first)
+    for restart in restarts:
+        last |= restart
+    different = {key: value for key, value in now.items() if last.get(key) != value}
+    tokens = max((row["tokens"] for row in read_rows(folder / "metrics.jsonl")), default=0)
+    if tokens >= config.total_tokens or not different:
+        return first
+    return first | {"restarts": [*restarts, different]}
+
+
+def _write(path: Path, text: str) -> None:
+    """Write beside and rename, so that the file is whole at every moment; a file that says the same is left alone."""
+    content = text.encode("utf-8")
+    if path.exists() and path.read_bytes() == content:
+        return
+    partial = path.with_name(f".partial_{path.name}")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
