@@ -17,11 +17,10 @@ from model.transformer import Transformer, build_model
 from moe.balance import RoutingMeter, balance_objective, update_biases
 from moe.router import Router
 from optim.groups import Optimizer, build_optimizer
-from optim.schedule import learning_rate
 from parallel.apply import prepare_layers
 from parallel.replicate import sum_gradients
 from run.checkpoint import Checkpoints
-from run.config import RunConfig, load_config, rows_of_step, show
+from run.config import RunConfig, load_config, rate_of_step, rows_of_step, show
 from run.record import Progress, Recorder, StepReport
 from run.start import Run, refusing, start
 from settings import to_toml
@@ -55,7 +54,7 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
         microbatches = take_step(batches, stage, stages.first_sample(start_tokens), config)
         progress = Progress(progress.step + 1, start_tokens + config.tokens_per_step)
         model.use_rotary(stage.rotary)
-        optimizer.set_learning_rate(rate_at(progress.tokens, stage, config))
+        optimizer.set_learning_rate(rate_of_step(config, stage, progress.tokens))
         with recorder.profile(progress):
             report = train_step(model, optimizer, microbatches, config, run)
         recorder.record(progress, stage, report, optimizer.learning_rate)
@@ -81,14 +80,6 @@ def take_step(batches: Batches, stage: Stage, first_sample: int, config: RunConf
     num_samples = config.tokens_per_step // stage.sequence_length
     rows = rows_of_step(config, stage.sequence_length, batches.world_size)
     return batches.take(stage.index, stage.sequence_length, stage.mixture, first_sample, num_samples, rows)
-
-
-def rate_at(tokens: int, stage: Stage, config: RunConfig) -> float:
-    """The learning rate of the step that ends at `tokens`: the stage's own schedule, or else the run's."""
-    rate = stage.learning_rate(tokens)
-    if rate is not None:
-        return rate
-    return config.optimizer.learning_rate * learning_rate(config.optimizer.schedule, tokens, config.total_tokens)
 
 
 def train_step(

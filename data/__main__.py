@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from data.corpus import Documents, local_python, text_documents
-from data.prepare import HELD_OUT_SHARE, SPLITS, Manifest, prepare_or_reuse, verify
+from data.prepare import HELD_OUT_SHARE, prepare_or_reuse
+from data.prepared import SPLITS, Manifest, verify
 from data.tokenizer import BpeSettings, ByteSettings, build_tokenizer, train_bpe
 from settings import Refusal
 

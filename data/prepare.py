@@ -1,4 +1,4 @@
-"""Documents into a folder of shards: train, held out, and a manifest that says what they are made of."""
+"""Documents into a prepared folder: what is left out, what is held out, and the writing of both halves."""
 
 import fcntl
 import glob
@@ -10,73 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import ValidationError
+from typing import Any
 
 from data.containment import Containment
 from data.corpus import Document, Documents
-from data.shards import FileDigest, Shard, ShardWriter, anew, check_file, files_of
+from data.prepared import FORMAT, MANIFEST, Manifest, is_empty, read_manifest
+from data.shards import ShardWriter
 from data.tokenizer import Tokenizer
-from settings import Refusal, Section
+from settings import Refusal
 
-FORMAT = 2
-MANIFEST = "manifest.json"
-SPLITS = ("train", "held_out")
 HELD_OUT_SHARE = 0.03
 MOST_HELD_OUT_BYTES = 32 << 20
 # Held-out text of which more than this share stands in the training text is thrown away.
 MOST_CONTAINED = 0.1
-# Token files above this size are not read whole each time they are opened; `python -m data verify` does.
-READ_WHOLE_BELOW = 256 << 20
-
-Manifest = dict[str, Any]
-
-
-class FileFacts(Section):
-    size: int
-    sha256: str
-
-
-class TokenizerFacts(Section):
-    fingerprint: str
-    vocab_size: int
-
-
-class SplitFacts(Section):
-    documents: int
-    tokens: int
-    bytes: int
-    files: dict[Literal["bin", "idx"], FileFacts]
-
-
-class HeldOutFacts(SplitFacts):
-    contained_share: float
-    """The share of this text's runs of thirteen words that training has too: what was kept, weighted by bytes."""
-
-
-class Splits(Section):
-    train: SplitFacts
-    held_out: HeldOutFacts
-
-
-class Contained(Section):
-    name: str
-    share: float
-
-
-class ManifestFacts(Section):
-    """What `manifest.json` holds."""
-
-    format: int
-    source: str
-    licence: str
-    tokenizer: TokenizerFacts
-    splits: Splits
-    duplicates: int
-    contained: tuple[Contained, ...]
-    """Documents that were to be held out and stand in neither half, as training has too much of them."""
-    recipe: str
 
 
 def prepare(documents: Documents, tokenizer: Tokenizer, folder: Path, held_out: float = HELD_OUT_SHARE) -> Manifest:
@@ -100,7 +46,7 @@ def prepare_or_reuse(
     with _locked(folder):
         for stale in folder.parent.glob(f"{glob.escape(folder.name)}.partial-*"):
             shutil.rmtree(stale, ignore_errors=True)  # its process is dead, or it would hold the lock
-        if folder.exists() and not _is_empty(folder):
+        if folder.exists() and not is_empty(folder):
             return _reused(folder, recipe), False
         beside = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
         beside.mkdir(parents=True)
@@ -116,71 +62,6 @@ def prepare_or_reuse(
 def recipe_of(documents: Documents, tokenizer: Tokenizer, held_out: float) -> str:
     """sha256 of everything that decides what `prepare` writes."""
     return hashlib.sha256(f"{FORMAT} {documents.recipe} {tokenizer.fingerprint} {held_out!r}".encode()).hexdigest()
-
-
-class Prepared:
-    """A prepared folder, opened and checked against its manifest: `train` and `held_out` shards."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer, read_whole: bool = False) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder)
-        made_with = self.manifest["tokenizer"]
-        if made_with["fingerprint"] != tokenizer.fingerprint:
-            raise Refusal(
-                f"{folder}: was prepared with another tokenizer (fingerprint {made_with['fingerprint'][:12]}..., "
-                f"data.tokenizer has {tokenizer.fingerprint[:12]}...); use that tokenizer, or {anew(folder)}"
-            )
-        digests = _check_files(folder, self.manifest, read_whole)
-        self.fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
-        self.train, self.held_out = (Shard(folder / split) for split in SPLITS)
-
-
-def verify(folder: Path) -> Manifest:
-    """Read every file of a prepared folder whole and compare its digest; Refusal naming the file that differs."""
-    manifest = read_manifest(folder)
-    _check_files(folder, manifest, read_whole=True)
-    return manifest
-
-
-def read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    if folder.exists() and not folder.is_dir():
-        raise Refusal(f"{folder}: is a file, not a prepared folder; give another folder")
-    if not path.is_file():
-        made = f"`python -m data prepare SOURCE {folder}`"
-        if _is_empty(folder):
-            raise Refusal(f"{folder}: holds no {MANIFEST}; make it with {made}")
-        raise Refusal(
-            f"{folder}: holds files but no {MANIFEST}, so it is no prepared folder; "
-            f"give another folder, or remove this one and make it with {made}"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
-            raise Refusal(f"{path}: format {manifest['format']} is not {FORMAT}; {anew(folder)}")
-        ManifestFacts.model_validate_json(json.dumps(manifest))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        raise Refusal(f"{path}: is damaged ({place or 'the whole'}: {problem['msg']}); {anew(folder)}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise Refusal(f"{path}: is damaged ({error}); {anew(folder)}") from None
-    return manifest
-
-
-def _is_empty(folder: Path) -> bool:
-    """Whether nothing is there: no such folder, or one without files."""
-    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-
-
-def _check_files(folder: Path, manifest: Manifest, read_whole: bool) -> list[str]:
-    digests = []
-    for split in SPLITS:
-        for kind, path in files_of(folder / split).items():
-            expected = FileDigest(**manifest["splits"][split]["files"][kind])
-            check_file(path, expected, read_whole or kind == "idx" or expected.size < READ_WHOLE_BELOW)
-            digests.append(expected.sha256)
-    return digests
 
 
 def _reused(folder: Path, recipe: str) -> Manifest:

@@ -10,7 +10,8 @@ from pydantic import Field
 from data.corpus import Documents, local_python, text_documents
 from data.order import derive, permute
 from data.packing import Pack, Packing, pieces
-from data.prepare import HELD_OUT_SHARE, Prepared, prepare, recipe_of
+from data.prepare import HELD_OUT_SHARE, prepare, recipe_of
+from data.prepared import Prepared
 from data.recall import RecallSettings
 from data.rows import Rows, packed_rows
 from data.tokenizer import Tokenizer

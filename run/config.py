@@ -6,12 +6,12 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from context.rotary import frequencies
-from context.stages import ContextSettings, Stages
+from context.stages import ContextSettings, Stage, Stages
 from data.batches import DataSettings
 from evals.suite import EvalsSettings
 from model.transformer import ModelSettings
 from optim.groups import OptimizerSettings
-from optim.schedule import check_schedule
+from optim.schedule import check_schedule, learning_rate
 from run.checkpoint import CheckpointSettings
 from settings import Refusal, Section, load, nearest, to_toml
 
@@ -117,6 +117,14 @@ def rows_of_step(config: RunConfig, sequence_length: int, world_size: int) -> in
             f"tokens_per_microbatch (now {config.tokens_per_microbatch or 'left out'})"
         )
     return tokens // sequence_length
+
+
+def rate_of_step(config: RunConfig, stage: Stage, tokens: int) -> float:
+    """The learning rate of the step that ends at `tokens`: the stage's own schedule, or else the run's."""
+    rate = stage.learning_rate(tokens)
+    if rate is not None:
+        return rate
+    return config.optimizer.learning_rate * learning_rate(config.optimizer.schedule, tokens, config.total_tokens)
 
 
 def load_config(path: Path | str, overrides: list[str]) -> RunConfig:

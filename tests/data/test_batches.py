@@ -13,7 +13,8 @@ from data.batches import Batch, Batches, DataSettings
 from data.corpus import text_documents
 from data.order import derive
 from data.packing import PACKINGS, Pack
-from data.prepare import Prepared, prepare
+from data.prepare import prepare
+from data.prepared import Prepared
 from data.tokenizer import ByteTokenizer
 from settings import Refusal, validate
 

@@ -8,7 +8,7 @@ import pytest
 
 import data.prepare
 from data.__main__ import main
-from data.prepare import Prepared
+from data.prepared import Prepared
 from data.tokenizer import BpeTokenizer
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from data.corpus import Document, text_documents
-from data.prepare import Prepared, prepare, prepare_or_reuse, survey, verify
+from data.prepare import prepare, prepare_or_reuse, survey
+from data.prepared import Prepared, verify
 from data.tokenizer import ByteTokenizer, train_bpe
 from settings import Refusal
 
