@@ -1,5 +1,6 @@
 """The whole configuration of a run, and what has to hold between its sections."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -128,9 +129,10 @@ def rate_of_step(config: RunConfig, stage: Stage, tokens: int) -> float:
 
 
 def load_config(path: Path | str, overrides: list[str]) -> RunConfig:
-    """The resolved configuration of a run; `name` falls back to the file's stem. Raises Refusal."""
+    """The resolved configuration of a run; left out, its name is made of the file's. Raises Refusal."""
     config = load(path, overrides, RunConfig)
-    return config if config.name else config.model_copy(update={"name": Path(path).stem})
+    name = config.name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).stem).strip("-._") or "run"
+    return config.model_copy(update={"name": name})
 
 
 def show(config: RunConfig) -> None:

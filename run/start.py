@@ -5,10 +5,9 @@ import errno
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,7 +36,6 @@ class Run:
     dtype: torch.dtype
     world: World
     stop_requested: bool = False
-    started: float = field(default_factory=time.monotonic)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of every forward pass: bf16 autocast, or nothing at all in fp32."""
@@ -135,6 +133,8 @@ def refusing(entry: Callable[[], None]) -> int:
     except Refusal as refusal:
         _complain(f"refused: {refusal}")
         return 2
+    except BrokenPipeError:  # whoever read our output, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         if error.filename is None and error.errno not in NAMELESS:
             raise

@@ -8,6 +8,7 @@ from data.tokenizer import ByteSettings
 from model.size import count
 from model.transformer import build_model
 from run.config import load_config
+from settings import to_toml
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
@@ -20,3 +21,12 @@ def test_it_loads_and_builds_on_the_meta_device(path: Path) -> None:
     model = build_model(config.model, vocab_size)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == count(config.model, vocab_size).total
+
+
+def test_any_file_name_gives_a_name_that_loads_again(tmp_path: Path) -> None:
+    path = tmp_path / "my run_(é).toml"
+    path.write_text((ROOT / "configs" / "quickstart.toml").read_text())
+    config = load_config(path, [])
+    assert config.name == "my-run"
+    path.write_text(to_toml(config))
+    assert load_config(path, []) == config
