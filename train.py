@@ -64,7 +64,7 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
             save(checkpoints, progress, report)
     if checkpoints.latest_step != progress.step and report is not None:
         save(checkpoints, progress, report)  # stopped by a signal
-    recorder.close()
+    recorder.close(progress)
     run.finish()
 
 

@@ -136,12 +136,14 @@ class Recorder:
         grid = heatmap.make_grid(cells, f"needle after stage {stage.index + 1}", stage.sequence_length)
         heatmap.show([grid], self.line.console)
 
-    def close(self) -> None:
-        """Close the files and write the report one last time."""
+    def close(self, progress: Progress) -> None:
+        """Close the files, write the report one last time, and say so when the run stopped before its end."""
         if self.metrics is None or self.line is None:
             return
         self.line.close()
         self.metrics.close()
+        if progress.tokens < self.run.config.total_tokens:
+            self.run.say(f"stopped after step {progress.step}; the same command goes on from there")
         self.run.say(f"report: {write_report(self.run.folder)}")
 
     def _restart_window(self) -> None:

@@ -304,6 +304,7 @@ def test_killed_and_terminated_runs_continue_bit_for_bit(here: Path) -> None:
     said, _ = terminated.communicate(timeout=60)
     assert terminated.returncode == 0, said
     last = rows("signalled")[-1]["step"]
+    assert f"stopped after step {last}; the same command goes on from there" in said
     assert (here / f"runs/signalled/checkpoints/step_{last:08d}").is_dir(), "SIGTERM saves the step it finished"
     final = start("name=signalled", *LONG)
     said, _ = final.communicate(timeout=120)
