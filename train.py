@@ -5,31 +5,33 @@ import sys
 
 import torch
 
-from attention.mask import Documents
 from context.stages import Stage, Stages
 from data.batches import Batch, Batches
 from evals.harness import Materials
 from evals.suite import check_suite, is_due, run_suite
-from model.initialize import initialize
 from model.loss import cross_entropy
 from model.size import count
 from model.transformer import Transformer, build_model
-from moe.balance import RoutingMeter, balance_objective, update_biases
+from moe.balance import StepBalance, update_biases
 from moe.router import Router
+from moe.telemetry import RoutingMeter
 from optim.groups import Optimizer, build_optimizer
 from parallel.apply import prepare_layers
-from parallel.replicate import sum_gradients
+from parallel.experts import expert_mesh, shard_experts
+from parallel.replicate import norm_over_ranks, sum_gradients
 from run.checkpoint import Checkpoints
 from run.config import RunConfig, load_config, rate_of_step, rows_of_step, show
+from run.initial import first_weights
+from run.microbatches import count_tokens, cut_of, forward, watch_choices
 from run.record import Progress, Recorder, StepReport
 from run.start import Run, refusing, start
-from settings import to_toml
 
 
 def main(config: RunConfig, *, fresh: bool = False) -> None:
     """One run, from its start or from its newest good checkpoint, to its end or to a signal."""
     run = start(config, fresh=fresh)
     config = run.config
+    mesh = expert_mesh(config.parallel, run.world, run.device)
     stages = Stages(config.context.stages, config.tokens_per_step)
     with run.world.main_first():
         batches = Batches(config.data, seed=config.seed, rank=run.world.rank, world_size=run.world.size)
@@ -39,12 +41,13 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     materials = Materials(batches.tokenizer, batches.all_held_out(), run.device, run.autocast)
     check_suite(config.evals, materials)
     model = build_model(config.model, batches.tokenizer.vocab_size)
-    initialize(model, config.seed, run.device)
+    first_weights(run, model, batches.tokenizer)
+    shard_experts(model, mesh)
     try_forward(model, stages.at(0), run)
     prepare_layers(model, compile=config.compile, recompute=config.recompute)
     optimizer = build_optimizer(model, config.optimizer)
     run.open_folder(batches.fingerprint, count(config.model, batches.tokenizer.vocab_size))
-    checkpoints = Checkpoints(run.folder, config.checkpoint, model, optimizer.optimizers, to_toml(config), run.say)
+    checkpoints = Checkpoints(run.folder, config.checkpoint, model, optimizer.optimizers, config, run.say)
     progress = Progress(**(checkpoints.restore_latest() or {}))
     recorder = Recorder(run, batches.tokenizer, progress)
 
@@ -59,7 +62,8 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
             report = train_step(model, optimizer, microbatches, config, run)
         recorder.record(progress, stage, report, optimizer.learning_rate)
         if is_due(config.evals, start_tokens, progress.tokens, is_stage_end=progress.tokens == stage.until_tokens):
-            recorder.record_evals(progress, stage, run_suite(model, config.evals, materials))
+            cells = run_suite(model, config.evals, materials, stages.new_rotary(progress.tokens))
+            recorder.record_evals(progress, stage, cells)
         if checkpoints.due(progress.step) or progress.tokens == stage.until_tokens:
             save(checkpoints, progress, report)
     if checkpoints.latest_step != progress.step and report is not None:
@@ -88,30 +92,31 @@ def train_step(
     """One optimizer step: the loss is the sum over all target tokens of all ranks, divided by their number."""
     model.train()
     optimizer.zero_grad()
-    targets = run.world.sum(torch.tensor(sum(batch.num_targets for batch in microbatches), device=run.device)).clamp(1)
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    num_targets, num_real = count_tokens(microbatches, run)
+    balance = StepBalance(config.model.moe if routers else None, cut_of(microbatches, run), num_real)
+    routing = RoutingMeter(routers, run.world.rank, run.world.size)
     nats = torch.zeros((), device=run.device)
-    routing = RoutingMeter()
-    for batch in (batch.to(run.device) for batch in microbatches):
+    with torch.no_grad():
+        for batch in balance.ahead(microbatches):
+            balance.count(forward(model, batch, run)[1], batch.rows_B.to(run.device))
+    for batch in (batch.to(run.device) for batch in reversed(microbatches)):  # the last one completes the counts
+        hidden_BTD, stats = forward(model, batch, run)
         with run.autocast():
-            hidden_BTD, stats = model(batch.tokens_BT, batch.positions_BT, Documents(batch.lengths))
             labels_N, weights_N = batch.labels_BT.flatten(), batch.weights_BT.flatten()
             sums = cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, labels_N, weights_N, config.loss_chunk)
-        objective = sums.weighted / targets
-        if stats and config.model.moe is not None:
-            share = batch.num_tokens / config.tokens_per_step
-            objective = objective + share * balance_objective(stats, config.model.moe)
-        objective.backward()
+        (sums.weighted / num_targets + balance.objective(stats, batch.rows_B)).backward()
         nats += sums.plain
         routing.add(stats)
     sum_gradients(model.parameters(), run.world)
     for tensor in (nats, *routing.tensors()):
         run.world.sum(tensor)
-    gradient_norm = optimizer.clip_gradients()
+    gradient_norm = optimizer.clip_gradients(norm_over_ranks(optimizer.parameters))
     optimizer.step()
-    if config.model.moe is not None and routing.counts_LE is not None:
-        routers = (module for module in model.modules() if isinstance(module, Router))
-        update_biases(routers, routing.counts_LE, config.model.moe.balance)
-    return StepReport(nats / targets, gradient_norm, routing, microbatches)
+    if routing.counts_LE is not None:
+        update_biases(routers, routing.counts_LE, balance.rules)
+    watch_choices(routing, stats, model, microbatches[0], run)
+    return StepReport(nats / num_targets, gradient_norm, routing, microbatches)
 
 
 def save(checkpoints: Checkpoints, progress: Progress, report: StepReport) -> None:

@@ -1,5 +1,6 @@
 """Stages: length, rotary position, mixture and learning rate as a function of the tokens seen so far."""
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,13 @@ class Stages:
     def at(self, tokens: int) -> Stage:
         """The stage of the step that begins after `tokens` tokens; past the end, the last stage."""
         return next((stage for stage in self._stages if tokens < stage.until_tokens), self._stages[-1])
+
+    def new_rotary(self, tokens: int) -> RotarySpec | None:
+        """The RoPE that takes over exactly after `tokens` tokens, or None where none does."""
+        for before, after in itertools.pairwise(self._stages):
+            if after.start_tokens == tokens and after.rotary != before.rotary:
+                return after.rotary
+        return None
 
     def first_sample(self, tokens: int) -> int:
         """How many samples the current stage has used after `tokens` tokens: the number of its next one."""

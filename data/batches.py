@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from data.mixture import Blend
-from data.order import derive
+from data.order import counted, derive
 from data.packing import Pack
 from data.recall import Haystack, RecallSettings, RecallSource
 from data.rows import NO_TARGET, Rows, interleave
@@ -45,7 +46,8 @@ class Batch:
 
     tokens_BT int64; labels_BT int64, -100 where nothing is to be predicted; weights_BT float32, the loss weight of each
     label; positions_BT int64, the position inside the document piece; sources_B int64, places in `Batches.names`.
-    lengths: document pieces in row-major order; they sum to B*T and none crosses a row.
+    lengths: document pieces in row-major order; they sum to B*T and none crosses a row. is_real_BT: False where padding
+    stands. rows_B: each row's number in the step; keys_B: a number that no other row of the run has; both int64.
     """
 
     tokens_BT: Tensor
@@ -54,8 +56,13 @@ class Batch:
     positions_BT: Tensor
     lengths: tuple[int, ...]
     sources_B: Tensor
+    is_real_BT: Tensor
+    rows_B: Tensor
+    keys_B: Tensor
     num_targets: int
     num_tokens: int
+    num_real: int
+    """Tokens that are no padding."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; to CUDA from pinned memory, without waiting."""
@@ -66,14 +73,8 @@ class Batch:
                 return tensor.pin_memory().to(device, non_blocking=True)
             return tensor.to(device)
 
-        return replace(
-            self,
-            tokens_BT=moved(self.tokens_BT),
-            labels_BT=moved(self.labels_BT),
-            weights_BT=moved(self.weights_BT),
-            positions_BT=moved(self.positions_BT),
-            sources_B=moved(self.sources_B),
-        )
+        tensors: Any = {name: moved(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 class Batches:
@@ -169,7 +170,11 @@ class Batches:
             key = derive(self._seed, stage_index, source.fingerprint)
             parts.append((places, source.rows(number_R[places], sequence_length, key)))
         rows = interleave(parts, len(source_R), sequence_length) if parts else None
-        return _split(rows, source_R, rows_per_microbatch) if rows is not None else []
+        if rows is None:
+            return []
+        row_R = np.flatnonzero(mine)
+        keys_R = counted(derive(self._seed, "rows", stage_index), first_sample + row_R).view(np.int64)
+        return _split(rows, source_R, row_R, keys_R, rows_per_microbatch)
 
     def _blend(self, mixture: Mapping[str, float]) -> Blend:
         weights = self._weights(mixture)
@@ -189,12 +194,15 @@ class Batches:
         return tuple(float(mixture.get(name, 0.0) if mixture else own[name]) for name in self.names)
 
 
-def _split(rows: Rows, source_R: np.ndarray, rows_per_microbatch: int) -> list[Batch]:
+def _split(
+    rows: Rows, source_R: np.ndarray, row_R: np.ndarray, keys_R: np.ndarray, rows_per_microbatch: int
+) -> list[Batch]:
     """Cut rows into micro-batches; positions start anew at each document."""
     num_rows, sequence_length = rows.tokens_RT.shape
     stops = np.cumsum(rows.document_lengths)
     positions = np.arange(num_rows * sequence_length) - np.repeat(stops - rows.document_lengths, rows.document_lengths)
     positions_RT = positions.reshape(num_rows, sequence_length)
+    is_real_RT = np.arange(sequence_length) < (sequence_length - rows.padding_R)[:, None]
     document_ends_R = np.cumsum(rows.counts_R)
     batches = []
     for first in range(0, num_rows, rows_per_microbatch):
@@ -209,8 +217,12 @@ def _split(rows: Rows, source_R: np.ndarray, rows_per_microbatch: int) -> list[B
                 positions_BT=torch.from_numpy(positions_RT[window]),
                 lengths=tuple(rows.document_lengths[documents].tolist()),
                 sources_B=torch.from_numpy(source_R[window]),
+                is_real_BT=torch.from_numpy(is_real_RT[window]),
+                rows_B=torch.from_numpy(row_R[window]),
+                keys_B=torch.from_numpy(keys_R[window]),
                 num_targets=int((labels_BT != NO_TARGET).sum()),
                 num_tokens=labels_BT.size,
+                num_real=int(is_real_RT[window].sum()),
             )
         )
     return batches

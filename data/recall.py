@@ -266,7 +266,8 @@ class RecallSource:
         answer_SX = (ends_S - lengths_S + answer_start_S - 1)[:, None] + np.arange(self.maker.value_digits)
         weights[answer_SX] = self.settings.answer_weight
         shape = (len(numbers_R), sequence_length)
-        return Rows(tokens.reshape(shape), labels.reshape(shape), weights.reshape(shape), lengths_S, counts_R)
+        tokens_RT, labels_RT, weights_RT = (array.reshape(shape) for array in (tokens, labels, weights))
+        return Rows(tokens_RT, labels_RT, weights_RT, lengths_S, counts_R, np.zeros_like(counts_R))
 
     def _sample_lengths(self, sequence_length: int) -> list[int]:
         return [max(1, round(fraction * sequence_length)) for fraction in self.settings.fractions]

@@ -24,6 +24,8 @@ class Rows:
     weights_RT: np.ndarray
     document_lengths: np.ndarray
     counts_R: np.ndarray
+    padding_R: np.ndarray
+    """How many places at each row's end hold no token, int64."""
 
 
 def packed_rows(packing: Packing, numbers_R: np.ndarray, shard: Shard, end_of_text: int) -> Rows:
@@ -57,17 +59,20 @@ def packed_rows(packing: Packing, numbers_R: np.ndarray, shard: Shard, end_of_te
     labels[padding] = NO_TARGET
     shape = (len(numbers_R), length)
     weights = (labels != NO_TARGET).astype(np.float32)
-    return Rows(tokens.reshape(shape), labels.reshape(shape), weights.reshape(shape), lengths, counts_R + is_short_R)
+    tokens_RT, labels_RT, weights_RT = (array.reshape(shape) for array in (tokens, labels, weights))
+    return Rows(tokens_RT, labels_RT, weights_RT, lengths, counts_R + is_short_R, length - used_R)
 
 
 def interleave(parts: Sequence[tuple[np.ndarray, Rows]], num_rows: int, sequence_length: int) -> Rows:
     """Put rows of several sources in their places; each part says which rows of the whole its rows are."""
     shape = (num_rows, sequence_length)
     tokens_RT, labels_RT = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
-    weights_RT, counts_R = np.empty(shape, dtype=np.float32), np.empty(num_rows, dtype=np.int64)
+    weights_RT = np.empty(shape, dtype=np.float32)
+    counts_R, padding_R = np.empty(num_rows, dtype=np.int64), np.empty(num_rows, dtype=np.int64)
     for places, rows in parts:
         tokens_RT[places], labels_RT[places] = rows.tokens_RT, rows.labels_RT
-        weights_RT[places], counts_R[places] = rows.weights_RT, rows.counts_R
+        weights_RT[places] = rows.weights_RT
+        counts_R[places], padding_R[places] = rows.counts_R, rows.padding_R
     row_of = np.concatenate([np.repeat(places, rows.counts_R) for places, rows in parts])
     lengths = np.concatenate([rows.document_lengths for _, rows in parts])
-    return Rows(tokens_RT, labels_RT, weights_RT, lengths[np.argsort(row_of, kind="stable")], counts_R)
+    return Rows(tokens_RT, labels_RT, weights_RT, lengths[np.argsort(row_of, kind="stable")], counts_R, padding_R)

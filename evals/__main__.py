@@ -23,6 +23,7 @@ from model.initialize import initialize
 from model.transformer import Transformer, build_model
 from run.checkpoint import read_checkpoint
 from run.config import RunConfig
+from run.identity import read_recorded
 from run.start import choose_device, choose_dtype, refusing
 from settings import Refusal, Section, to_dict, validate
 
@@ -64,7 +65,7 @@ def main(arguments: argparse.Namespace) -> None:
 def load_checkpoint(path: Path, device_name: str) -> Loaded:
     """The model of a checkpoint, and the held-out text of the run that made it. Raises Refusal."""
     state, config_toml, weights = read_checkpoint(path)
-    config = validate(tomllib.loads(config_toml), RunConfig, f"{path}: config.toml")
+    config = read_recorded(config_toml, RunConfig, f"{path}: config.toml")
     device = choose_device(device_name)
     dtype = choose_dtype(config.precision, device)
     batches = Batches(config.data, seed=config.seed)

@@ -5,8 +5,11 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from evals.harness import Cell, Materials, evaluating, forwards, sources_of
+from context.rotary import RotarySpec
+from evals.harness import Cell, Materials, Rows, evaluating, forwards, sources_of
 from evals.windows import read, spread
+from model.transformer import Transformer
+from moe.telemetry import choice_overlap
 from settings import Refusal, Section
 
 
@@ -39,9 +42,7 @@ def run(model: nn.Module, settings: RoutingSettings, materials: Materials, seed:
     check(settings, materials)
     cells = []
     for name in sources_of(materials, settings.sources, "evals.routing.sources"):
-        tokens = materials.held_out[name]
-        starts = spread(len(tokens), settings.length, settings.tokens, seed)
-        rows = read(tokens, starts, settings.length, materials.tokenizer.end_of_text)
+        rows = _rows(settings, materials, name, seed)
         counts_LE: list[Tensor] = []
         with evaluating(model, materials):
             for _, _, stats in forwards(model, materials, rows):
@@ -53,6 +54,43 @@ def run(model: nn.Module, settings: RoutingSettings, materials: Materials, seed:
                 Cell(f"routing/{name}", settings.length, None, score, rows.tokens_BT.size, {"layer": layer, **extra})
             )
     return cells
+
+
+def shift(
+    model: Transformer, settings: RoutingSettings, materials: Materials, seed: int, rotary: RotarySpec
+) -> list[Cell]:
+    """What another RoPE does to the routing of the same tokens: one cell for each source and MoE layer.
+
+    score: the mean share of a token's experts that stay the same when `rotary` takes the place of the model's own,
+    which the model has again in the end.
+    """
+    assert model.rotary is not None
+    before, cells = model.rotary, []
+    for name in sources_of(materials, settings.sources, "evals.routing.sources"):
+        rows = _rows(settings, materials, name, seed)
+        ours = _choices(model, materials, rows)
+        try:
+            model.use_rotary(rotary)
+            theirs = _choices(model, materials, rows)
+        finally:
+            model.rotary = before
+        for layer, pair in enumerate(zip(ours, theirs, strict=True)):
+            score, task = float(choice_overlap(*pair)), f"routing_shift/{name}"
+            cells.append(Cell(task, settings.length, None, score, rows.tokens_BT.size, {"layer": layer}))
+    return cells
+
+
+def _rows(settings: RoutingSettings, materials: Materials, name: str, seed: int) -> Rows:
+    tokens = materials.held_out[name]
+    starts = spread(len(tokens), settings.length, settings.tokens, seed)
+    return read(tokens, starts, settings.length, materials.tokenizer.end_of_text)
+
+
+def _choices(model: nn.Module, materials: Materials, rows: Rows) -> list[Tensor]:
+    """For each MoE layer the experts (N, K) that the tokens of all rows want."""
+    with evaluating(model, materials):
+        parts = [[layer.selected_NK for layer in stats] for _, _, stats in forwards(model, materials, rows)]
+    return [torch.cat(layer) for layer in zip(*parts, strict=True)]
 
 
 def describe_load(counts_E: np.ndarray) -> tuple[float, dict[str, float]]:

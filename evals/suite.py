@@ -7,12 +7,14 @@ from typing import Any
 from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
+from context.rotary import RotarySpec
 from evals import held_out, needle, positions, routing
 from evals.harness import Cell, Materials
 from evals.held_out import HeldOutSettings
 from evals.needle import NeedleSettings
 from evals.positions import PositionsSettings
 from evals.routing import RoutingSettings
+from model.transformer import Transformer
 from settings import Section, nearest
 
 
@@ -80,11 +82,19 @@ def check_suite(settings: EvalsSettings, materials: Materials) -> None:
         TASKS[name].check(getattr(settings, name), materials)
 
 
-def run_suite(model: nn.Module, settings: EvalsSettings, materials: Materials) -> list[Cell]:
-    """Ask the model every task; the same settings and materials ask every model the same."""
+def run_suite(
+    model: Transformer, settings: EvalsSettings, materials: Materials, next_rotary: RotarySpec | None = None
+) -> list[Cell]:
+    """Ask the model every task; the same settings and materials ask every model the same.
+
+    next_rotary: at a stage's end the RoPE of the next one; what it does to the routing is then asked as well.
+    """
     check_suite(settings, materials)
-    return [
+    cells = [
         cell
         for name in tasks_of(settings)
         for cell in TASKS[name].run(model, getattr(settings, name), materials, settings.seed)
     ]
+    if next_rotary is not None and settings.routing is not None and "routing" in tasks_of(settings):
+        cells += routing.shift(model, settings.routing, materials, settings.seed, next_rotary)
+    return cells

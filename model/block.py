@@ -9,7 +9,7 @@ from context.rotary import Rotation
 from model.feed_forward import FeedForward
 from model.norm import RMSNorm
 from moe.layer import MoE
-from moe.router import RoutingStats
+from moe.routing import Memo, RoutingStats, TokenFacts
 
 
 class Block(nn.Module):
@@ -23,11 +23,19 @@ class Block(nn.Module):
         self.feed_forward = feed_forward
         self.is_moe = isinstance(feed_forward, MoE)
 
-    def forward(
-        self, x_BTD: Tensor, rotation: Rotation, mask: Mask, cache: LayerCache | None = None
+    def forward(  # noqa: PLR0917 (what a layer is told of its tokens, and what it may keep)
+        self,
+        x_BTD: Tensor,
+        rotation: Rotation,
+        mask: Mask,
+        facts: TokenFacts,
+        cache: LayerCache | None = None,
+        memo: Memo | None = None,
     ) -> tuple[Tensor, RoutingStats | None]:
         """(B, T, D) to (B, T, D) and the layer's routing, which a dense layer has none of."""
         x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask, cache)
-        change_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
-        change_BTD, routing = change_BTD if self.is_moe else (change_BTD, None)
+        normed_BTD = self.feed_forward_norm(x_BTD)
+        if not self.is_moe:
+            return x_BTD + self.feed_forward(normed_BTD), None
+        change_BTD, routing = self.feed_forward(normed_BTD, facts, memo)
         return x_BTD + change_BTD, routing

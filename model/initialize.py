@@ -58,6 +58,7 @@ TABLE: tuple[tuple[str, Draw], ...] = (
     ("*.attention.*.weight", _normal),
     ("*.feed_forward.router.bias_E", _zeros),
     ("*.feed_forward.router.weight", _normal),
+    ("*.feed_forward.shared.gate.weight", _normal),
     ("*.feed_forward.*down*", _residual),
     ("*.feed_forward.*up*", _normal),
 )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from model.transformer import ModelSettings
+from moe.layer import MoESettings
 
 
 @dataclass(frozen=True)
@@ -14,14 +15,19 @@ class Size:
     attention: int
     """Projections and head norms of all layers."""
     feed_forward: int
-    """Dense layers and shared experts."""
+    """Dense layers, shared experts and their gates."""
     router: int
+    """Rows of null experts included."""
     experts: int
     """All routed experts of all layers."""
     norms: int
     """The norms around blocks and the final one."""
     active_experts: int
-    """The share of `experts` that one token meets."""
+    """The share of `experts` that one token meets: K in each layer.
+
+    With null experts that is the most that it can meet, and fewer on average; with expert choice it is the average.
+    What a capacity drops is counted: how much that is depends on the load.
+    """
 
     @property
     def total(self) -> int:
@@ -35,21 +41,28 @@ class Size:
 
 def count(settings: ModelSettings, vocab_size: int) -> Size:
     """The parameters of `Transformer(settings, vocab_size)`, part by part; their sum is the built model's exactly."""
-    width, attention, moe = settings.width, settings.attention, settings.moe
+    width, attention = settings.width, settings.attention
     num_dense = sum(settings.feed_forward_kind(layer) == "dense" for layer in range(settings.num_layers))
     num_moe = settings.num_layers - num_dense
-    per_expert = 3 * width * moe.expert_width if moe else 0
     head_norms = 2 * settings.channels if attention.head_norms else 0
-    feed_forward = num_dense * 3 * width * (settings.feed_forward_width or 0)
+    shared, router, experts, active = _moe_layer(settings.moe, width) if settings.moe else (0, 0, 0, 0)
     return Size(
         embedding=vocab_size * width * (1 if settings.tied_embeddings else 2),
         attention=settings.num_layers * (_projections(settings) + head_norms),
-        feed_forward=feed_forward + (num_moe * moe.num_shared_experts * per_expert if moe else 0),
-        router=num_moe * moe.num_experts * width if moe else 0,
-        experts=num_moe * moe.num_experts * per_expert if moe else 0,
+        feed_forward=num_dense * 3 * width * (settings.feed_forward_width or 0) + num_moe * shared,
+        router=num_moe * router,
+        experts=num_moe * experts,
         norms=(2 * settings.num_layers + 1) * width,
-        active_experts=num_moe * moe.experts_per_token * per_expert if moe else 0,
+        active_experts=num_moe * active,
     )
+
+
+def _moe_layer(moe: MoESettings, width: int) -> tuple[int, int, int, int]:
+    """Parameters of one layer: shared experts and their gate, the router, routed experts, those of them at work."""
+    expert = 3 * width * moe.expert_width
+    num_scored = moe.num_experts + (moe.null_experts.count if moe.null_experts else 0)
+    shared = moe.num_shared_experts * expert + (width if moe.shared_gate else 0)
+    return shared, num_scored * width, moe.num_experts * expert, moe.experts_per_token * expert
 
 
 def flops_per_token(settings: ModelSettings, vocab_size: int, sequence_length: int, causal: bool = True) -> int | float:

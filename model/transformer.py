@@ -16,7 +16,7 @@ from model.block import Block
 from model.feed_forward import FeedForward
 from model.norm import RMSNorm
 from moe.layer import MoE, MoESettings
-from moe.router import RoutingStats
+from moe.routing import Memo, RoutingStats, TokenFacts
 from settings import Section
 
 
@@ -111,26 +111,28 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         documents: Documents | None = None,
         cache: KVCache | None = None,
+        facts: TokenFacts | None = None,
     ) -> tuple[Tensor, tuple[RoutingStats, ...]]:
         """Hidden states (B, T, D) and routing; multiply by `head_weight` for logits.
 
         positions_BT: each token's place in its document; left out: counted from the row's start, or on from the cache.
         documents: attention stays inside them; left out: each row is one document.
+        facts: what routers are told of the tokens; left out: their ids and places.
         """
         assert self.rotary is not None, "call use_rotary(spec) before the first forward"
-        if positions_BT is None:
-            start = 0 if cache is None else cache.length
-            stop = start + tokens_BT.shape[1]
-            positions_BT = torch.arange(start, stop, device=tokens_BT.device).expand_as(tokens_BT)
+        start = 0 if cache is None else cache.length
+        places_BT = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
+        positions_BT = places_BT if positions_BT is None else positions_BT
+        facts = facts or TokenFacts(tokens_BT, places_BT)
         rotation = self.rotary.at(positions_BT)
         mask = Mask(documents=documents)
         x_BTD = self.embedding(tokens_BT)
         all_routing = []
         for layer, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
-                x_BTD, routing = checkpoint(block, x_BTD, rotation, mask, use_reentrant=False)
+                x_BTD, routing = checkpoint(block, x_BTD, rotation, mask, facts, None, Memo(), use_reentrant=False)
             else:
-                x_BTD, routing = block(x_BTD, rotation, mask, None if cache is None else cache.layer(layer))
+                x_BTD, routing = block(x_BTD, rotation, mask, facts, None if cache is None else cache.layer(layer))
             all_routing.append(routing)
         return self.norm(x_BTD), tuple(routing for routing in all_routing if routing is not None)
 
@@ -143,18 +145,18 @@ def build_model(settings: ModelSettings, vocab_size: int) -> Transformer:
 
 def _build_block(settings: ModelSettings, layer: int) -> Block:
     attention = Attention(settings.attention, settings.width, window=settings.window(layer))
-    feed_forward = FEED_FORWARDS[settings.feed_forward_kind(layer)](settings)
+    feed_forward = FEED_FORWARDS[settings.feed_forward_kind(layer)](settings, layer)
     return Block(attention, feed_forward, settings.width, settings.norm_epsilon)
 
 
-def _build_dense(settings: ModelSettings) -> FeedForward:
+def _build_dense(settings: ModelSettings, layer: int) -> FeedForward:
     assert settings.feed_forward_width is not None, "checked by ModelSettings"
     return FeedForward(settings.width, settings.feed_forward_width)
 
 
-def _build_moe(settings: ModelSettings) -> MoE:
+def _build_moe(settings: ModelSettings, layer: int) -> MoE:
     assert settings.moe is not None, "checked by ModelSettings"
-    return MoE(settings.moe, settings.width)
+    return MoE(settings.moe, settings.width, layer)
 
 
-FEED_FORWARDS: dict[str, Callable[[ModelSettings], FeedForward | MoE]] = {"dense": _build_dense, "moe": _build_moe}
+FEED_FORWARDS: dict[str, Callable[[ModelSettings, int], FeedForward | MoE]] = {"dense": _build_dense, "moe": _build_moe}

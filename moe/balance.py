@@ -1,156 +1,289 @@
-"""Keeping the experts evenly loaded: losses, the bias rule, and what to log. Pure functions of RoutingStats."""
+"""Keeping the experts evenly loaded: losses over groups of rows, whatever the cut of the step, and the bias rule."""
 
-import math
-from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol, Self, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from moe.router import Router, RoutingStats
-from settings import Section
+from moe.router import Router
+from moe.routing import RoutingStats, count_rows
+from settings import Refusal, Section
 
 
 class LossBalanceSettings(Section):
     """A loss that is least when every expert gets its share (Switch Transformer, section 2.2)."""
 
     kind: Literal["loss"] = "loss"
+    scope: Literal["batch", "microbatch", "sequence"] = "batch"
+    """Where the load has to be even: over the whole step, over every so many `tokens` of it, or in each row."""
+    tokens: int | None = Field(default=None, gt=0)
+    """Tokens of a group for scope "microbatch": whole rows, whatever the run's own micro-batches are."""
     coefficient: float = Field(default=0.01, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.scope == "microbatch" and self.tokens is None:
+            raise ValueError('scope="microbatch" needs tokens, the size of a group; a multiple of the sequence length')
+        if self.scope != "microbatch" and self.tokens is not None:
+            raise ValueError(
+                f'tokens={self.tokens} means nothing for scope="{self.scope}"; leave it out or set scope="microbatch"'
+            )
+        return self
 
 
 class BiasBalanceSettings(Section):
     """A selection bias moved against the load after each step, without a gradient (Wang et al. 2024, algorithm 1)."""
 
     kind: Literal["bias"] = "bias"
+    rule: Literal["sign", "proportional"] = "sign"
+    """Whether a bias moves by the sign of its expert's deviation from the mean load, or by the relative deviation."""
     step: float = Field(default=1e-3, gt=0)
     """How far a bias moves in one optimizer step."""
-    coefficient: float = Field(default=0.0, ge=0)
-    """Of the balance loss beside the bias."""
 
 
 BalanceSettings = Annotated[LossBalanceSettings | BiasBalanceSettings, Field(discriminator="kind")]
+
+
+def _differ(rules: tuple[BalanceSettings, ...]) -> tuple[BalanceSettings, ...]:
+    names = ["bias" if rule.kind == "bias" else f'loss of scope="{rule.scope}"' for rule in rules]
+    sizes = [None if rule.kind == "bias" else rule.tokens for rule in rules]
+    pairs = list(zip(names, sizes, strict=True))
+    for name, size in pairs:
+        if pairs.count((name, size)) > 1:
+            size_text = "" if size is None else f" and tokens={size}"
+            raise ValueError(f"{pairs.count((name, size))} rules are a {name}{size_text}; leave one of them")
+    return rules
+
+
+Balances = Annotated[
+    tuple[BalanceSettings, ...],
+    BeforeValidator(lambda given: tuple(given) if isinstance(given, list | tuple) else (given,)),
+    AfterValidator(_differ),
+]
+"""One rule or a list of them."""
 
 
 class Coefficients(Protocol):
     """The part of MoESettings that the objective needs."""
 
     @property
-    def balance(self) -> LossBalanceSettings | BiasBalanceSettings: ...
+    def balance(self) -> tuple[BalanceSettings, ...]: ...
     @property
     def z_loss(self) -> float: ...
 
 
-def load_balance_loss(stats: RoutingStats, counts_E: Tensor | None = None) -> Tensor:
-    """E * sum over experts of (share of rows * mean probability): a scalar, 1.0 when both are even.
+def rows_per_group(loss: LossBalanceSettings, num_rows: int, sequence_length: int) -> int:
+    """How many consecutive rows of a step of `num_rows` share one group of this loss.
 
-    Shares sum to 1, so this is 1/K of Hugging Face's `load_balancing_loss_func`. With the `counts_E` of a whole step
-    given, the loss is linear in the tokens: the token-weighted mean over micro-batches is the loss of the whole step.
-    Source: Switch Transformer, equations 4 to 6.
+    Raises Refusal where the `tokens` of a group are no whole rows.
     """
-    counts_E = stats.counts_E if counts_E is None else counts_E
-    mean_E = stats.probabilities_NE.sum(dim=0) / max(len(stats.probabilities_NE), 1)
-    share_E = counts_E / counts_E.sum().clamp(min=1)
-    return len(mean_E) * (share_E.to(mean_E.dtype) * mean_E).sum()
+    if loss.scope == "batch":
+        return num_rows
+    tokens = loss.tokens or sequence_length
+    if tokens % sequence_length:
+        near = max(1, round(tokens / sequence_length)) * sequence_length
+        raise Refusal(
+            f"model.moe.balance: tokens={tokens} must be a multiple of sequence_length={sequence_length}, for a group"
+            f" is made of whole rows; try tokens={near}"
+        )
+    return min(tokens // sequence_length, num_rows)
 
 
-def router_z_loss(stats: RoutingStats) -> Tensor:
-    """Mean over tokens of logsumexp(logits)^2: keeps logits small (ST-MoE, equation 5). Scalar."""
-    return stats.logits_NE.logsumexp(dim=-1).square().sum() / max(len(stats.logits_NE), 1)
+def count_by_row(stats: RoutingStats, num_rows: int) -> Tensor:
+    """How often each expert was wanted in each row, (B, E) int64; padding, and what wanted nothing, is not counted."""
+    num_experts = stats.logits_NE.shape[1]
+    selected_BR = stats.selected_NK.reshape(num_rows, -1)
+    first_B = torch.arange(0, num_rows * num_experts, num_experts, device=selected_BR.device)
+    nowhere = num_rows * num_experts
+    cells_BR = torch.where(selected_BR < num_experts, selected_BR + first_B[:, None], nowhere)
+    return count_rows(cells_BR, nowhere).view(num_rows, num_experts)
 
 
-def balance_objective(all_stats: Sequence[RoutingStats], settings: Coefficients) -> Tensor:
-    """The mean over layers of the weighted balance loss and z-loss: a scalar to add to a mean loss over tokens.
+def load_balance_loss(
+    stats: RoutingStats, counts_BE: Tensor | None = None, num_tokens: Tensor | int | None = None
+) -> Tensor:
+    """E * sum over tokens n and experts e of share_ne * probability_ne, divided by the tokens: 1.0 when all is even.
 
-    Itself a mean over this micro-batch's tokens: weight it with the micro-batch's share of the step's tokens.
+    counts_BE: for each of B equal pieces of these tokens, how often its group wanted each expert; share is count over
+    the sum of counts. num_tokens: the real tokens of the whole step. Given both, the loss is linear in the tokens, so
+    it may be summed over micro-batches and ranks. Left out: these tokens are one group and the whole step.
+    Shares sum to 1, so this is 1/K of Hugging Face's `load_balancing_loss_func`.
+    Source: Switch Transformer, equations 4 to 6; in each row, DeepSeek-V3, equations 17 to 20.
     """
+    counts_BE = stats.selected_E[None] if counts_BE is None else counts_BE
+    num_tokens = stats.num_real if num_tokens is None else num_tokens
+    probabilities_NE = only_real(stats, stats.probabilities_NE)
+    num_experts = probabilities_NE.shape[1]
+    sums_BE = probabilities_NE.reshape(len(counts_BE), -1, num_experts).sum(dim=1)
+    share_BE = counts_BE.to(sums_BE.dtype) / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
+    return num_experts * (share_BE * sums_BE).sum() / _at_least_one(num_tokens)
+
+
+def router_z_loss(stats: RoutingStats, num_tokens: Tensor | int | None = None) -> Tensor:
+    """Sum over tokens of logsumexp(logits)^2, divided by the tokens: keeps logits small (ST-MoE, equation 5). Scalar.
+
+    num_tokens: the real tokens of the whole step; left out: those of these stats.
+    """
+    num_tokens = stats.num_real if num_tokens is None else num_tokens
+    return only_real(stats, stats.logits_NE.logsumexp(dim=-1).square()).sum() / _at_least_one(num_tokens)
+
+
+def only_real(stats: RoutingStats, values: Tensor) -> Tensor:
+    """The values (N,) or (N, E) with those of padding set to 0."""
+    if stats.is_real_N is None:
+        return values
+    return torch.where(stats.is_real_N.view(-1, *[1] * (values.ndim - 1)), values, 0.0)
+
+
+def _at_least_one(count: Tensor | int) -> Tensor | int:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+Microbatch = TypeVar("Microbatch")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How this rank holds its part of a step; all ranks have micro-batches of as many consecutive rows."""
+
+    num_rows: int
+    """Rows of the whole step, over all ranks."""
+    rows_of_microbatches: tuple[int, ...]
+    """Rows of each of this rank's micro-batches."""
+    sequence_length: int
+    """Tokens of a whole row."""
+    sum_over_ranks: Callable[[Tensor], Tensor] = _as_is
+    """Adds a tensor up over all ranks that hold parts of the step; it may work in place."""
+    sum_over_shards: Callable[[Tensor], Tensor] = _as_is
+    """The same over the ranks that hold parts of the very rows of this rank, in the same order."""
+
+
+class StepBalance:
+    """The balance losses of one optimizer step: the same gradient however the step is cut.
+
+    Where a group lies in several micro-batches or ranks, its counts must be whole before the first backward pass. So
+    `count` those that are to be counted `ahead`, then take the `objective` of the last micro-batch, which completes the
+    tables with one exchange between ranks, and then of the others.
+    """
+
+    def __init__(self, settings: Coefficients | None, cut: Cut, num_tokens: Tensor | int) -> None:
+        """num_tokens: the real tokens of the whole step. settings: None for a dense model."""
+        self.rules = () if settings is None else settings.balance
+        # A term that is off is not computed: 0 * inf would be nan.
+        self.losses = [rule for rule in self.rules if rule.kind == "loss" and rule.coefficient]
+        self.z_loss = 0.0 if settings is None else settings.z_loss
+        self.cut, self.num_tokens = cut, num_tokens
+        self.group_sizes = [rows_per_group(loss, cut.num_rows, cut.sequence_length) for loss in self.losses]
+        self._tables: dict[int, Tensor] = {}
+        self._is_complete = False
+
+    def ahead(self, microbatches: Sequence[Microbatch]) -> Sequence[Microbatch]:
+        """Those of this rank's micro-batches that have to be counted beforehand: all but the last, or none."""
+        return microbatches[:-1] if any(map(self._is_cut, self.group_sizes)) else ()
+
+    def count(self, all_stats: Sequence[RoutingStats], rows_B: Tensor) -> None:
+        """Count a micro-batch beforehand; rows_B: the number of each of its rows in the step."""
+        if all_stats:
+            self._add(_count_layers(all_stats, len(rows_B)), rows_B)
+
+    def objective(self, all_stats: Sequence[RoutingStats], rows_B: Tensor) -> Tensor:
+        """This micro-batch's part of the step's objective, the mean over layers of the weighted terms: a scalar.
+
+        rows_B: the number of each of its rows in the step. The first call is for the micro-batch not counted yet.
+        """
+        if not all_stats:
+            return torch.zeros((), device=rows_B.device)
+        counts_LBE = _count_layers(all_stats, len(rows_B))
+        if not self._is_complete:
+            self._add(counts_LBE, rows_B)
+            self._exchange()
+        total = all_stats[0].logits_NE.new_zeros(())
+        for loss, size in zip(self.losses, self.group_sizes, strict=True):
+            for stats, counts_BE in zip(all_stats, self._counts_of_groups(counts_LBE, rows_B, size), strict=True):
+                total = total + loss.coefficient * load_balance_loss(stats, counts_BE, self.num_tokens)
+        if self.z_loss:
+            for stats in all_stats:
+                total = total + self.z_loss * router_z_loss(stats, self.num_tokens)
+        return total / len(all_stats)
+
+    def _is_cut(self, size: int) -> bool:
+        """Whether some group of `size` rows lies in several micro-batches or ranks: a function of the sizes alone."""
+        return any(num_rows % size for num_rows in self.cut.rows_of_microbatches)
+
+    def _add(self, counts_LBE: Tensor, rows_B: Tensor) -> None:
+        """Add a micro-batch to the table (L, groups, E) of each size of groups that are cut."""
+        for size in filter(self._is_cut, dict.fromkeys(self.group_sizes)):
+            table = _sum_groups(counts_LBE, rows_B // size, -(-self.cut.num_rows // size))
+            self._tables[size] = self._tables[size] + table if size in self._tables else table
+
+    def _exchange(self) -> None:
+        """Sum the tables over ranks, all in one message."""
+        self._is_complete = True
+        if self._tables:
+            shapes = [table.shape for table in self._tables.values()]
+            flat = self.cut.sum_over_ranks(torch.cat([table.flatten() for table in self._tables.values()]))
+            parts = flat.split([shape.numel() for shape in shapes])
+            self._tables = {
+                size: part.view(shape) for size, part, shape in zip(self._tables, parts, shapes, strict=True)
+            }
+
+    def _counts_of_groups(self, counts_LBE: Tensor, rows_B: Tensor, size: int) -> Tensor:
+        """For each row the counts of its whole group, (L, B, E)."""
+        if self._is_cut(size):
+            return self._tables[size][:, rows_B // size]
+        group_B = torch.arange(len(rows_B), device=rows_B.device) // size
+        table = _sum_groups(counts_LBE, group_B, len(rows_B) // size)
+        return self.cut.sum_over_shards(table[:, group_B])
+
+
+def _count_layers(all_stats: Sequence[RoutingStats], num_rows: int) -> Tensor:
+    return torch.stack([count_by_row(stats, num_rows) for stats in all_stats])
+
+
+def _sum_groups(counts_LBE: Tensor, group_B: Tensor, num_groups: int) -> Tensor:
+    num_layers, _, num_experts = counts_LBE.shape
+    return counts_LBE.new_zeros(num_layers, num_groups, num_experts).index_add_(1, group_B, counts_LBE)
+
+
+def balance_objective(all_stats: Sequence[RoutingStats], settings: Coefficients, num_rows: int = 1) -> Tensor:
+    """The objective of a whole step of `num_rows` rows in one micro-batch: a scalar to add to a mean over tokens."""
     if not all_stats:
         raise ValueError("balance_objective needs the stats of at least one layer; a dense model has no such objective")
-    total = all_stats[0].logits_NE.new_zeros(())
-    for stats in all_stats:
-        # A term that is off is not computed: 0 * inf would be nan.
-        if settings.balance.coefficient:
-            total = total + settings.balance.coefficient * load_balance_loss(stats)
-        if settings.z_loss:
-            total = total + settings.z_loss * router_z_loss(stats)
-    return total / len(all_stats)
+    cut = Cut(num_rows, (num_rows,), len(all_stats[0].logits_NE) // num_rows)
+    rows_B = torch.arange(num_rows, device=all_stats[0].logits_NE.device)
+    return StepBalance(settings, cut, all_stats[0].num_real).objective(all_stats, rows_B)
 
 
-def bias_update(bias_E: Tensor, counts_E: Tensor, step: float) -> Tensor:
-    """The next selection bias: up by `step` for experts below the mean load, down for those above; moves have mean 0.
+def bias_update(bias_E: Tensor, counts_E: Tensor, step: float, rule: str = "sign") -> Tensor:
+    """The next selection bias: up for experts below the mean load, down for those above; the moves have mean 0.
 
-    `counts_E` are the rows of the whole optimizer step, each token once. Returns a new (E,) tensor.
+    counts_E: how often each was wanted in the whole optimizer step, each token once. rule: "sign" moves by `step`,
+    "proportional" by `step` times the deviation over the mean. Returns a new (E,) tensor.
     """
     counts_E = counts_E.to(bias_E.dtype)
-    direction_E = torch.sign(counts_E.mean() - counts_E)
+    mean = counts_E.mean()
+    direction_E = BIAS_RULES[rule](mean - counts_E, mean)
     return bias_E + step * (direction_E - direction_E.mean())
 
 
+BIAS_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sign": lambda deviation_E, mean: deviation_E.sign(),
+    "proportional": lambda deviation_E, mean: deviation_E / mean.clamp(min=torch.finfo(mean.dtype).tiny),
+}
+
+
 @torch.no_grad()
-def update_biases(
-    routers: Iterable[Router], counts_LE: Tensor, balance: LossBalanceSettings | BiasBalanceSettings
-) -> None:
-    """Move every router's bias once, after an optimizer step, by that step's counts (L, E); nothing for kind "loss"."""
-    if balance.kind != "bias":
-        return
-    for router, counts_E in zip(routers, counts_LE, strict=True):
-        assert router.bias_E is not None
-        router.bias_E.copy_(bias_update(router.bias_E, counts_E, balance.step))
-
-
-class RoutingMeter:
-    """Adds up a step's routing over its micro-batches on the device; reading it is the only wait."""
-
-    def __init__(self) -> None:
-        self.counts_LE: Tensor | None = None
-        """Rows of each expert in each layer, int64."""
-        self.sums_LE: Tensor | None = None
-        """Sums over tokens of the probabilities, fp32."""
-        self.sums_L3: Tensor | None = None
-        """Sums over tokens of the squared logsumexp, of the entropy, and of 1, fp32."""
-
-    @torch.no_grad()
-    def add(self, all_stats: Sequence[RoutingStats]) -> None:
-        """Count one micro-batch's first forward pass; never a recomputed one."""
-        if not all_stats:
-            return
-        counts_LE = torch.stack([stats.counts_E for stats in all_stats])
-        sums_LE = torch.stack([stats.probabilities_NE.detach().sum(dim=0) for stats in all_stats])
-        sums_L3 = torch.stack([_sums_3(stats) for stats in all_stats])
-        self.counts_LE = counts_LE if self.counts_LE is None else self.counts_LE + counts_LE
-        self.sums_LE = sums_LE if self.sums_LE is None else self.sums_LE + sums_LE
-        self.sums_L3 = sums_L3 if self.sums_L3 is None else self.sums_L3 + sums_L3
-
-    def tensors(self) -> list[Tensor]:
-        """What a run on several ranks adds up in place (all-reduce) before it reads or updates anything."""
-        return [t for t in (self.counts_LE, self.sums_LE, self.sums_L3) if t is not None]
-
-    def report(self) -> dict[str, float]:
-        """The step's numbers as plain floats; empty when nothing was added. Waits for the device once.
-
-        balance_loss, router_z_loss and router_entropy (1.0: even) are means over layers. max_violation is the busiest
-        expert's load over the mean load, minus 1, in the worst layer. dead_experts counts experts without a row, over
-        all layers.
-        """
-        if self.counts_LE is None or self.sums_LE is None or self.sums_L3 is None:
-            return {}
-        num_experts = self.counts_LE.shape[1]
-        tokens_L = self.sums_L3[:, 2].clamp(min=1)
-        share_LE = self.counts_LE / self.counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
-        balance_L = num_experts * (share_LE * self.sums_LE).sum(dim=1) / tokens_L
-        numbers = {
-            "balance_loss": balance_L.mean(),
-            "router_z_loss": (self.sums_L3[:, 0] / tokens_L).mean(),
-            "max_violation": share_LE.max() * num_experts - 1,
-            "dead_experts": (self.counts_LE == 0).sum(),
-            "router_entropy": (self.sums_L3[:, 1] / tokens_L).mean(),
-        }
-        return dict(zip(numbers, torch.stack([n.double() for n in numbers.values()]).tolist(), strict=True))
-
-
-def _sums_3(stats: RoutingStats) -> Tensor:
-    logits_NE, probabilities_NE = stats.logits_NE, stats.probabilities_NE
-    entropy = torch.special.entr(probabilities_NE).sum() / math.log(max(logits_NE.shape[1], 2))
-    return torch.stack(
-        [logits_NE.logsumexp(dim=-1).square().sum(), entropy, logits_NE.new_tensor(float(len(logits_NE)))]
-    )
+def update_biases(routers: Iterable[Router], counts_LE: Tensor, rules: Sequence[BalanceSettings]) -> None:
+    """Where a rule moves biases: move every router's once, after an optimizer step, by that step's counts (L, E)."""
+    for rule in rules:
+        if rule.kind == "bias":
+            for router, counts_E in zip(routers, counts_LE, strict=True):
+                assert router.bias_E is not None
+                router.bias_E.copy_(bias_update(router.bias_E, counts_E, rule.step, rule.rule))

@@ -1,22 +1,25 @@
-"""SwiGLU experts over rows sorted by expert, on a table of ways to multiply."""
+"""SwiGLU experts: each token through its chosen ones, on a table of ways to multiply."""
 
-import itertools
+# ruff: noqa: PLR0917 (every way to multiply has the signature of ExpertMatmul)
+
+import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from moe import grouped, kernels, megablocks
+from moe.blocked import blocked
+from moe.dispatch import Plan, sort_rows
 from settings import Refusal
 
-MatmulName = Literal["auto", "loop", "blocked", "grouped_mm"]
-ExpertMatmul = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(rows_RD, gate_up_EJD with J = 2F, down_EDF, offsets_E) -> rows_RD."""
-
-BLOCK_BYTES = 2**21
-"""Size of the pre-activations that `blocked` takes through all steps at once: little enough to stay in cache."""
+MatmulName = Literal[
+    "auto", "loop", "blocked", "bmm", "grouped_mm", "fused", "triton", "megablocks_grouped", "megablocks_sparse"
+]
+ExpertMatmul = Callable[[Tensor, Tensor, Tensor, Tensor, Plan, bool], Tensor]
+"""(x_ND, gates_NK, gate_up_EJD with J = 2F, down_EDF, plan, recompute_up) -> out_ND."""
 
 
 class Experts(nn.Module):
@@ -25,9 +28,18 @@ class Experts(nn.Module):
     Parameters: `gate_up` (E, 2F, D), gate first, and `down` (E, D, F).
     """
 
-    def __init__(self, num_experts: int, width: int, expert_width: int, matmul: MatmulName = "auto") -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        width: int,
+        expert_width: int,
+        matmul: MatmulName = "auto",
+        recompute: Literal["none", "up"] = "none",
+    ) -> None:
+        """recompute: "up" keeps no pre-activations for the backward pass, but multiplies once more there."""
         super().__init__()
         self.matmul = matmul
+        self.recompute_up = recompute == "up"
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_width, width))
         self.down = nn.Parameter(torch.empty(num_experts, width, expert_width))
         self.reset_parameters()
@@ -37,16 +49,17 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up, std=0.02)
         nn.init.normal_(self.down, std=0.02)
 
-    def forward(self, rows_RD: Tensor, offsets_E: Tensor) -> Tensor:
-        """Rows (R, D) sorted by expert, expert e's ending at offsets[e] (int32, offsets[-1] == R), to rows (R, D).
+    def forward(self, x_ND: Tensor, chosen_NK: Tensor, gates_NK: Tensor, max_rows: int | None = None) -> Tensor:
+        """The sum over k of gates[n, k] * expert chosen[n, k] of x[n]: (N, D); chosen >= E goes nowhere.
 
-        Under autocast rows and weights are cast to its dtype first. Raises Refusal where the matmul asked for cannot.
+        max_rows: a bound, if one below N*K is known, on the slots that go somewhere. Under autocast tokens and weights
+        are cast to its dtype first. Raises Refusal where the matmul asked for cannot.
         """
-        dtype = compute_dtype(rows_RD)
+        dtype = compute_dtype(x_ND)
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
-        rows_RD = rows_RD.to(dtype)
-        matmul = choose(self.matmul, rows_RD.device.type, dtype, width=down.shape[1], expert_width=down.shape[2])
-        return MATMULS[matmul](rows_RD, gate_up, down, offsets_E)
+        matmul = choose(self.matmul, x_ND.device.type, dtype, width=down.shape[1], expert_width=down.shape[2])
+        plan = sort_rows(chosen_NK, len(down), max_rows)
+        return MATMULS[matmul](x_ND.to(dtype), gates_NK, gate_up, down, plan, self.recompute_up)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -56,19 +69,39 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if is_cast else x.dtype
 
 
+def loop(x_ND: Tensor, gates_NK: Tensor, gate_up: Tensor, down: Tensor, plan: Plan, recompute_up: bool) -> Tensor:
+    """One expert after the other in plain autograd: slow, any dtype, the twin that the others are held to."""
+    out_ND = torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+    ends = [0, *plan.offsets_E.tolist()]
+    gates_R = gates_NK.flatten()[plan.order_R]
+    # unbind once: indexing a weight by expert would write a full-size gradient for each.
+    for start, stop, gate_up_JD, down_DF in zip(ends, ends[1:], gate_up.unbind(), down.unbind(), strict=False):
+        tokens = plan.tokens_R[start:stop]
+        gate, up = F.linear(x_ND[tokens], gate_up_JD).chunk(2, dim=-1)
+        answer = F.linear(F.silu(gate) * up, down_DF)
+        out_ND = out_ND.index_add(0, tokens, (answer * gates_R[start:stop, None]).to(out_ND.dtype))
+    return out_ND.to(x_ND.dtype)
+
+
+MATMULS: dict[str, ExpertMatmul] = {
+    "loop": loop,
+    "blocked": blocked,
+    "bmm": grouped.bmm,
+    "grouped_mm": grouped.grouped_mm,
+    "fused": grouped.fused,
+    "triton": grouped.triton,
+    "megablocks_grouped": megablocks.grouped,
+    "megablocks_sparse": megablocks.sparse,
+}
+
+
 def unavailable(name: str, device: str, dtype: torch.dtype, width: int, expert_width: int) -> str | None:
     """Why this matmul cannot run such experts, or None where it can."""
-    if name != "grouped_mm":
-        return None
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"takes fp32, bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
-    odd = {n: size for n, size in (("width", width), ("expert_width", expert_width)) if size * dtype.itemsize % 16}
-    if odd:
-        sizes = " and ".join(f"{n}={size}" for n, size in odd.items())
-        return f"needs rows of a multiple of 16 bytes, {sizes} in {str(dtype).removeprefix('torch.')} is not"
-    return None
+    sizes = {"width": width, "expert_width": expert_width}
+    return next((reason for limit in LIMITS.get(name, ()) if (reason := limit(name, device, dtype, sizes))), None)
 
 
+@functools.cache
 def choose(name: str, device: str, dtype: torch.dtype, width: int, expert_width: int) -> str:
     """The matmul to use: `auto` is the fastest that can run here; one asked for by name is used or refused."""
     if name == "auto":
@@ -80,107 +113,42 @@ def choose(name: str, device: str, dtype: torch.dtype, width: int, expert_width:
     return name
 
 
-def loop(rows_RD: Tensor, gate_up: Tensor, down: Tensor, offsets_E: Tensor) -> Tensor:
-    """One expert after the other in plain autograd: slow, any dtype, the twin that the others are held to."""
-    sizes = offsets_E.diff(prepend=offsets_E.new_zeros(1)).tolist()
-    answers = []
-    # unbind once: indexing a weight by expert would write a full-size gradient for each.
-    for rows, gate_up_JD, down_DF in zip(rows_RD.split(sizes), gate_up.unbind(), down.unbind(), strict=True):
-        gate, up = F.linear(rows, gate_up_JD).chunk(2, dim=-1)
-        answers.append(F.linear(F.silu(gate) * up, down_DF))
-    return torch.cat(answers)
+Limit = Callable[[str, str, torch.dtype, dict[str, int]], str | None]
+"""(matmul, device, dtype, sizes) -> why not, or None."""
 
 
-def blocked(rows_RD: Tensor, gate_up: Tensor, down: Tensor, offsets_E: Tensor) -> Tensor:
-    """Blocks of one expert's rows, each taken through all steps while it is in cache: keeps little, fast on CPUs."""
-    return _Blocked.apply(rows_RD, gate_up, down, offsets_E)
+def _half_or_single(name: str, device: str, dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    if dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return f"takes fp32, bf16 and fp16, not {_short(dtype)}"
 
 
-def grouped_mm(rows_RD: Tensor, gate_up: Tensor, down: Tensor, offsets_E: Tensor) -> Tensor:
-    """All experts in one torch grouped matmul a step; on CUDA in bf16 it never waits for the device."""
-    return _Grouped.apply(rows_RD, gate_up, down, offsets_E)
+def _rows_of_16_bytes(name: str, device: str, dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    odd = " and ".join(f"{n}={size}" for n, size in sizes.items() if size * dtype.itemsize % 16)
+    return f"needs rows of a multiple of 16 bytes, {odd} in {_short(dtype)} is not" if odd else None
 
 
-MATMULS: dict[str, ExpertMatmul] = {"loop": loop, "blocked": blocked, "grouped_mm": grouped_mm}
+def _cpu(name: str, device: str, dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    return None if device == "cpu" else f"waits for the device in every layer; it is for CPUs, this runs on {device}"
 
 
-def blocks(offsets_E: Tensor, block_rows: int) -> list[tuple[int, slice]]:
-    """(expert, its next rows) over all rows, at most `block_rows` at a time; experts without rows do not occur."""
-    ends = offsets_E.tolist()
-    spans = enumerate(itertools.pairwise([0, *ends]))
-    return [
-        (expert, slice(start, min(start + block_rows, stop)))
-        for expert, (first, stop) in spans
-        for start in range(first, stop, block_rows)
-    ]
+def _triton(name: str, device: str, dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    return kernels.why_not(device)
 
 
-class _Blocked(torch.autograd.Function):
-    """Keeps only the rows and the pre-activations; the activation is computed again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, gate_up: Tensor, down: Tensor, offsets_E: Tensor) -> Tensor:
-        hidden = down.shape[2]
-        block_rows = max(BLOCK_BYTES // (2 * hidden * rows_RD.itemsize), 1)
-        parts = blocks(offsets_E, block_rows)
-        longest = max((rows.stop - rows.start for _, rows in parts), default=0)
-        z_RJ = rows_RD.new_empty(len(rows_RD), 2 * hidden)
-        out_RD = torch.empty_like(rows_RD)
-        h_space = rows_RD.new_empty(longest, hidden)
-        for expert, rows in parts:
-            z, h = z_RJ[rows], h_space[: rows.stop - rows.start]
-            torch.mm(rows_RD[rows], gate_up[expert].t(), out=z)
-            torch.ops.aten.silu.out(z[:, :hidden], out=h)
-            torch.mm(h.mul_(z[:, hidden:]), down[expert].t(), out=out_RD[rows])
-        ctx.parts, ctx.longest = parts, longest
-        ctx.save_for_backward(rows_RD, z_RJ, gate_up, down)
-        return out_RD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        rows_RD, z_RJ, gate_up, down = ctx.saved_tensors
-        grad_RD = grad_RD.contiguous()
-        hidden = down.shape[2]
-        grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-        grad_rows_RD = torch.empty_like(rows_RD)
-        space = rows_RD.new_empty(3, ctx.longest, hidden)
-        dz_space = rows_RD.new_empty(ctx.longest, 2 * hidden)
-        for expert, rows in ctx.parts:
-            size = rows.stop - rows.start
-            gate, up = z_RJ[rows, :hidden], z_RJ[rows, hidden:]
-            silu, h, dh = space[:, :size]
-            dz = dz_space[:size]
-            torch.mm(grad_RD[rows], down[expert], out=dh)
-            torch.ops.aten.silu.out(gate, out=silu)
-            torch.mul(silu, up, out=h)
-            grad_down[expert].addmm_(grad_RD[rows].t(), h)
-            torch.mul(dh, silu, out=dz[:, hidden:])
-            torch.ops.aten.silu_backward.grad_input(dh.mul_(up), gate, grad_input=dz[:, :hidden])
-            grad_gate_up[expert].addmm_(dz.t(), rows_RD[rows])
-            torch.mm(dz, gate_up[expert], out=grad_rows_RD[rows])
-        return grad_rows_RD, grad_gate_up, grad_down, None
+def _megablocks(name: str, device: str, dtype: torch.dtype, sizes: dict[str, int]) -> str | None:
+    return megablocks.unavailable(name, device, dtype, **sizes)
 
 
-class _Grouped(torch.autograd.Function):
-    """Keeps only the rows and the pre-activations; the activation is computed again in the backward pass."""
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
-    @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, gate_up: Tensor, down: Tensor, offsets_E: Tensor) -> Tensor:
-        z_RJ = F.grouped_mm(rows_RD, gate_up.transpose(-2, -1), offs=offsets_E)
-        gate, up = z_RJ.chunk(2, dim=-1)
-        ctx.save_for_backward(rows_RD, z_RJ, gate_up, down, offsets_E)
-        return F.grouped_mm(F.silu(gate).mul_(up), down.transpose(-2, -1), offs=offsets_E)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        rows_RD, z_RJ, gate_up, down, offsets_E = ctx.saved_tensors
-        grad_RD = grad_RD.contiguous()  # a gradient of stride 0, as .sum() sends it, is refused by grouped_mm
-        gate, up = z_RJ.chunk(2, dim=-1)
-        silu = F.silu(gate)
-        dh = F.grouped_mm(grad_RD, down, offs=offsets_E)
-        dz = torch.cat([torch.ops.aten.silu_backward(dh * up, gate), dh.mul_(silu)], dim=-1)
-        grad_down = F.grouped_mm(grad_RD.t(), silu.mul_(up), offs=offsets_E)
-        grad_gate_up = F.grouped_mm(dz.t(), rows_RD, offs=offsets_E)
-        return F.grouped_mm(dz, gate_up, offs=offsets_E), grad_gate_up, grad_down, None
+LIMITS: dict[str, tuple[Limit, ...]] = {
+    "bmm": (_cpu,),
+    "grouped_mm": (_half_or_single, _rows_of_16_bytes),
+    "fused": (_triton, _half_or_single, _rows_of_16_bytes),
+    "triton": (_triton, _half_or_single),
+    "megablocks_grouped": (_megablocks,),
+    "megablocks_sparse": (_megablocks,),
+}

@@ -77,9 +77,15 @@ class Optimizer:
         for group, ratio in zip(self.param_groups, self._ratios, strict=True):
             group["lr"] = learning_rate * ratio
 
-    def clip_gradients(self) -> Tensor:
-        """Scale all gradients so that their common norm is at most `clip`; returns the norm before, still on device."""
-        return nn.utils.clip_grad_norm_(self.parameters, self.clip)
+    def clip_gradients(self, norm: Tensor | None = None) -> Tensor:
+        """Scale all gradients so that their common norm is at most `clip`; returns the norm before, still on device.
+
+        norm: the norm of the whole gradient, from whoever knows more of it than lies here; left out, of what does.
+        """
+        if norm is None:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
+        return norm
 
     def step(self) -> None:
         """One step of every optimizer."""
@@ -122,8 +128,12 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes this parameter: a matrix from one hidden layer to another, so no embedding, head or router."""
-    return parameter.ndim == 2 and not _is_embedding(name) and not {"head", "lm_head", "router"} & set(name.split("."))
+    """Whether Muon takes this parameter: a matrix from one hidden layer to another, so no embedding, head or router.
+
+    Nor the one row that is a shared expert's gate: its update would be its direction alone.
+    """
+    is_outside = _is_embedding(name) or bool({"head", "lm_head", "router"} & set(name.split(".")))
+    return parameter.ndim == 2 and min(parameter.shape) > 1 and not is_outside
 
 
 def _is_embedding(name: str) -> bool:

@@ -18,8 +18,9 @@ from pydantic import Field
 from safetensors import SafetensorError
 from torch import nn
 
-from run.identity import different_keys
-from run.optimizer_state import check_same, load_state, state_of
+from parallel.shard import cut_all, gather_all, outline_all
+from run.identity import different
+from run.optimizer_state import check_same, load_state, shards_of, state_of
 from run.sealed import (
     MANIFEST,
     Damaged,
@@ -32,7 +33,7 @@ from run.sealed import (
     verify,
     write_sealed,
 )
-from settings import Refusal, Section
+from settings import Refusal, Section, to_toml
 
 JSON: TypeAlias = Any
 SLACK_BYTES = 1 << 20  # JSON, headers and the file system's own blocks
@@ -50,8 +51,8 @@ class CheckpointSettings(Section):
 class Checkpoints:
     """Saves and restores one model and its optimizers in one run's folder.
 
-    Weights are whole on every rank; rank 0 writes, every rank reads. `latest_step` is the step of the newest checkpoint
-    that this object has written or restored, or None.
+    A file holds every tensor whole, whatever ranks share it: rank 0 gathers and writes, every rank reads and takes its
+    part. `latest_step` is the step of the newest checkpoint that this object has written or restored, or None.
     """
 
     def __init__(  # noqa: PLR0917 (six, and no object is missing)
@@ -60,12 +61,12 @@ class Checkpoints:
         settings: CheckpointSettings,
         model: nn.Module,
         optimizers: Sequence[torch.optim.Optimizer],
-        config_toml: str,
+        config: Section,
         warn: Callable[[str], None],
     ) -> None:
         self.folder = run_folder / "checkpoints"
         self.settings, self.model, self.optimizers = settings, model, tuple(optimizers)
-        self.config_toml, self.warn = config_toml, warn
+        self.config, self.warn = config, warn
         self.latest_step: int | None = None
         self._verdicts: dict[Path, bool] = {}  # whether a folder is good, once that is known
         if _is_writer():
@@ -85,8 +86,11 @@ class Checkpoints:
         target = self.folder / f"step_{step:08d}"
         if step == self.latest_step:
             return target
+        weights = gather_all(_targets(self.model), shards_of(self.model))
+        moments, optimizer_values = state_of(self.model, self.optimizers)
         if _is_writer():
-            self._write(target, step, state)
+            files = {"model.safetensors": weights, "optimizer.safetensors": moments}
+            self._write(target, step, {"state.json": dict(state), "optimizer.json": optimizer_values}, files)
             self._prune(target)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
@@ -104,24 +108,19 @@ class Checkpoints:
         if found is None:
             return None
         folder, (state, weights, optimizer_tensors, optimizer_values) = found
-        targets = _targets(self.model)
-        check_same(folder.name, "model", weights, targets)
+        targets, shards = _targets(self.model), shards_of(self.model)
+        check_same(folder.name, "model", weights, outline_all(targets, shards))
         load_state(folder.name, self.model, self.optimizers, optimizer_tensors, optimizer_values)
         with torch.no_grad():
-            for name, tensor in weights.items():
+            for name, tensor in cut_all(weights, shards).items():
                 targets[name].copy_(tensor)
         self.latest_step = _step_of(folder)
         self._verdicts[folder] = True
         return state
 
-    def _write(self, target: Path, step: int, state: Mapping[str, JSON]) -> None:
-        optimizer_tensors, optimizer_values = state_of(self.model, self.optimizers)
-        texts = {
-            "state.json": json.dumps(dict(state), indent=1, allow_nan=False),
-            "optimizer.json": json.dumps(optimizer_values),
-            "config.toml": self.config_toml,
-        }
-        files = {"model.safetensors": _targets(self.model), "optimizer.safetensors": optimizer_tensors}
+    def _write(self, target: Path, step: int, tables: Mapping[str, JSON], files: Mapping[str, Tensors]) -> None:
+        texts = {name: json.dumps(table, indent=1, allow_nan=False) for name, table in tables.items()}
+        texts["config.toml"] = to_toml(self.config)
         needed = sum(tensor.nbytes for named in files.values() for tensor in named.values()) + SLACK_BYTES
         if needed > shutil.disk_usage(self.folder).free:
             raise self._disk_full(target, needed)
@@ -171,9 +170,9 @@ class Checkpoints:
 
     def _verify(self, folder: Path) -> tuple[Manifest, dict[str, JSON]]:
         manifest, state = _verify_steps(folder)
-        different = different_keys(read_text(folder, "config.toml"), self.config_toml)
-        if different:
-            raise Damaged(f"config.toml is of another configuration, different in {', '.join(different)}")
+        lines = different(read_text(folder, "config.toml"), self.config)
+        if lines:
+            raise Damaged(f"config.toml is of another configuration: {'; '.join(lines[:5])}")
         return manifest, state
 
     def _read(self, folder: Path) -> tuple[dict[str, JSON], Tensors, Tensors, dict[str, JSON]]:

@@ -9,11 +9,15 @@ from pydantic import Field, PositiveInt, model_validator
 from context.rotary import frequencies
 from context.stages import ContextSettings, Stage, Stages
 from data.batches import DataSettings
-from evals.suite import EvalsSettings
+from evals.suite import EvalsSettings, tasks_of
 from model.transformer import ModelSettings
+from moe.balance import rows_per_group
+from moe.router import evaluation_refusal
 from optim.groups import OptimizerSettings
 from optim.schedule import check_schedule, learning_rate
+from parallel.experts import ParallelSettings, check_experts
 from run.checkpoint import CheckpointSettings
+from run.initial import InitialSettings
 from settings import Refusal, Section, load, nearest, to_toml
 
 
@@ -42,6 +46,8 @@ class RunConfig(Section):
     """Tokens of one forward and backward; left out, a rank's whole share of the step."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     model: ModelSettings
+    initial: InitialSettings | None = None
+    """Left out: the first weights are drawn."""
     context: ContextSettings
     data: DataSettings
     optimizer: OptimizerSettings
@@ -57,6 +63,7 @@ class RunConfig(Section):
     """Compile the position-wise part of each layer with torch.compile."""
     recompute: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again."""
+    parallel: ParallelSettings = ParallelSettings()
     loss_chunk: PositiveInt = 4096
     """Tokens whose logits exist at one time."""
     profile: ProfileSettings | None = None
@@ -77,6 +84,27 @@ class RunConfig(Section):
                 _check_divides(key, stage.sequence_length, "tokens_per_microbatch", self.tokens_per_microbatch)
         if self.tokens_per_microbatch is not None:
             _check_divides("tokens_per_microbatch", self.tokens_per_microbatch, "tokens_per_step", self.tokens_per_step)
+        return self
+
+    @model_validator(mode="after")
+    def check_parallel(self) -> "RunConfig":
+        check_experts(self.parallel, self.model.moe.num_experts if self.model.moe else None)
+        return self
+
+    @model_validator(mode="after")
+    def check_routing(self) -> "RunConfig":
+        moe = self.model.moe
+        if moe is None:
+            return self
+        for loss in (rule for rule in moe.balance if rule.kind == "loss"):
+            for stage in self.context.stages:
+                try:
+                    rows_per_group(loss, self.tokens_per_step // stage.sequence_length, stage.sequence_length)
+                except Refusal as refusal:
+                    raise ValueError(str(refusal)) from None
+        reason = evaluation_refusal(moe.router)
+        if reason is not None and tasks_of(self.evals):
+            raise ValueError(f"evals asks for {', '.join(tasks_of(self.evals))}: {reason}")
         return self
 
     @model_validator(mode="after")

@@ -23,13 +23,13 @@ BASE = (
     "tiktoken",
 )
 OPTIONAL = {
-    "triton": "torch.compile on NVIDIA GPUs",
+    "triton": "our kernels for experts, and torch.compile, on NVIDIA GPUs",
     "pyarrow": "Parquet files as a source of text",
     "transformers": "tests and benchmarks against its models",
     "megatron-core": "a test that it reads our shards",
     "flash-attn": "no backend here uses it yet",
     "xformers": "no backend here uses it yet",
-    "megablocks": "no backend here uses it yet",
+    "megablocks": "experts = \"megablocks_grouped\" or \"megablocks_sparse\"",
 }
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from run.config import RunConfig
-from run.identity import MAY_CHANGE
+from run.identity import changed, read_recorded
 from run.metrics import read_rows
-from settings import Refusal, differences, load, to_toml
+from settings import Refusal, to_toml
 
 RUNS = Path("runs")
 _held: dict[Path, IO[str]] = {}  # flock knows open files, not processes: opened twice, we would lock ourselves out
@@ -39,11 +39,9 @@ def refuse_other_run(folder: Path, config: RunConfig) -> None:
         raise Refusal(f"{folder}: is not empty and holds no config.toml, so it is no run; choose another name=...")
     if not has_progress(folder):
         return
-    before = _load_recorded(recorded)
-    before = before.model_copy(update={key: getattr(config, key) for key in MAY_CHANGE})
-    changed = differences(before, config)
-    if changed:
-        listed = "\n  ".join(changed[:8] + ([f"and {len(changed) - 8} more"] if len(changed) > 8 else []))
+    lines = changed(_load_recorded(recorded), config)
+    if lines:
+        listed = "\n  ".join(lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else []))
         raise Refusal(
             f"{folder}: holds a run of another configuration:\n  {listed}\n"
             f"use --fresh to start anew beside it, or name=... for a run of its own"
@@ -110,10 +108,10 @@ def read_table(path: Path) -> dict[str, Any]:
 
 def _load_recorded(path: Path) -> RunConfig:
     try:
-        return load(path, [], RunConfig)
-    except Refusal as refusal:
+        return read_recorded(path.read_text(encoding="utf-8"), RunConfig, str(path))
+    except ValueError as error:
         raise Refusal(
-            f"{refusal}\n{path} is damaged or of another version: put a good copy back (each checkpoint holds one), "
+            f"{error}\n{path} is damaged or of another version: put a good copy back (each checkpoint holds one), "
             f"or use --fresh to start anew"
         ) from None
 
@@ -121,10 +119,10 @@ def _load_recorded(path: Path) -> RunConfig:
 def _refuse_other_materials(folder: Path, now: dict[str, str]) -> None:
     path = folder / "materials.json"
     before = read_table(path) if path.exists() else now
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
+    others = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if others:
         raise Refusal(
-            f"{folder}: cannot continue, its data has changed: {', '.join(sorted(changed))}; "
+            f"{folder}: cannot continue, its data has changed: {', '.join(sorted(others))}; "
             f"put the old data back, or use --fresh to start anew"
         )
 

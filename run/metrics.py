@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from settings import Refusal
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 Row = dict[str, Any]
@@ -59,6 +60,11 @@ class Metrics:
         for row in rows:
             scores.setdefault(f"evals/{row['task']}/{row['length']}", []).append(row["score"])
         self._mirror({tag: sum(values) / len(values) for tag, values in scores.items()}, step)
+
+    def show_figure(self, tag: str, figure: "Figure", step: int) -> None:
+        """Put a picture into TensorBoard, where that is on."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_figure(tag, figure, step)
 
     def close(self) -> None:
         self._metrics.close()

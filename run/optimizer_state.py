@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from parallel.shard import Shard, cut_all, gather_all, outline_all, shard_of
 from settings import Refusal
 
 JSON: TypeAlias = Any
@@ -17,7 +18,8 @@ Optimizers = Sequence[torch.optim.Optimizer]
 def state_of(model: nn.Module, optimizers: Optimizers) -> tuple[Tensors, dict[str, JSON]]:
     """Every optimizer's state under its parameter's name: tensors, and numbers for JSON.
 
-    An optimizer that has not stepped is left alone: torch would step it to make room for its state, and count that.
+    All ranks have to call; the tensors are whole on rank 0. An optimizer that has not stepped is left alone: torch
+    would step it to make room for its state, and count that.
     """
     get_state, _ = _torch_state_dict()
     stepped = [optimizer for optimizer in optimizers if optimizer.state]
@@ -32,7 +34,7 @@ def state_of(model: nn.Module, optimizers: Optimizers) -> tuple[Tensors, dict[st
                 flat |= {f"param_groups.{name}.{key}": value for key, value in group.items() if key != "params"}
     tensors = {key: value for key, value in flat.items() if torch.is_tensor(value)}
     numbers = {key: value for key, value in flat.items() if not torch.is_tensor(value)}
-    return tensors, {"numbers": numbers, "untouched": untouched}
+    return gather_all(tensors, _shards_of_state(model, tensors)), {"numbers": numbers, "untouched": untouched}
 
 
 def _torch_state_dict() -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -49,7 +51,7 @@ def _torch_state_dict() -> tuple[Callable[..., Any], Callable[..., Any]]:
 def load_state(where: str, model: nn.Module, optimizers: Optimizers, tensors: Tensors, values: dict[str, JSON]) -> None:
     """Hand each optimizer what `state_of` returned; refused, with nothing changed, when names or shapes differ.
 
-    where: the checkpoint's name, for the refusal. Gradients are dropped.
+    where: the checkpoint's name, for the refusal. tensors are whole; each rank takes its part. Gradients are dropped.
     """
     if not optimizers:
         return
@@ -60,15 +62,16 @@ def load_state(where: str, model: nn.Module, optimizers: Optimizers, tensors: Te
     ours: dict[str, Any] = dict(get_state(model, optimizers))
     untouched = set(values["untouched"])
     expected = {key: value for key, value in ours.items() if torch.is_tensor(value) and _owner(key) not in untouched}
+    shards = _shards_of_state(model, expected)
     try:
-        check_same(where, "optimizer", tensors, expected)
+        check_same(where, "optimizer", tensors, outline_all(expected, shards))
     except Refusal:
         for optimizer in fresh:
             optimizer.state.clear()
         raise
     numbers = {key: _like(value, ours.get(key)) for key, value in values["numbers"].items()}
     # Ours first: a newer torch may know options that the one that saved did not.
-    restored: dict[str, Any] = {**ours, **numbers, **tensors}
+    restored: dict[str, Any] = {**ours, **numbers, **cut_all(tensors, shards)}
     set_state(model, optimizers, restored)
     for name, parameter in named_parameters(model):
         if name in untouched:
@@ -102,6 +105,18 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Every parameter once, under its plain name, whether or not the model is compiled."""
     for name, parameter in model.named_parameters():
         yield name.replace("_orig_mod.", ""), parameter
+
+
+def shards_of(model: nn.Module) -> dict[str, Shard]:
+    """How the parameters are cut that are, by plain name."""
+    shards = {name: shard_of(parameter) for name, parameter in named_parameters(model)}
+    return {name: shard for name, shard in shards.items() if shard is not None}
+
+
+def _shards_of_state(model: nn.Module, tensors: Tensors) -> dict[str, Shard]:
+    """The same for optimizer state: what has dimensions is cut as its parameter is; a count of steps has none."""
+    shards = shards_of(model)
+    return {key: shards[_owner(key)] for key, tensor in tensors.items() if tensor.ndim and _owner(key) in shards}
 
 
 def _owner(key: str) -> str:

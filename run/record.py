@@ -14,8 +14,8 @@ from context.stages import Stage
 from data.batches import Batch
 from data.tokenizer import Tokenizer
 from evals.harness import Cell
-from moe.balance import RoutingMeter
-from run.metrics import Metrics, ProgressLine
+from moe.telemetry import RoutingMeter
+from run.metrics import Metrics, ProgressLine, Row
 from run.report import write_report
 from run.start import Run
 from settings import Refusal
@@ -122,12 +122,21 @@ class Recorder:
             where = {"stage": stage.index, "trained_length": stage.sequence_length}
             rows = [{**cell.row(progress.step, progress.tokens), **where} for cell in cells]
             self.metrics.log_evals(progress.step, progress.tokens, rows)
+            self._show_loads(self.metrics, rows)
             if progress.tokens == stage.until_tokens and any(cell.task == "needle" for cell in cells):
                 self._show_needles(cells, stage)
             if progress.tokens == stage.until_tokens < self.run.config.total_tokens:  # the last is written by close
                 write_report(self.run.folder)
         self.run.world.wait()
         self._restart_window()
+
+    def _show_loads(self, metrics: Metrics, rows: Sequence[Row]) -> None:
+        """Expert load by layer as a picture in TensorBoard, one for each source."""
+        if self.run.config.log.tensorboard:
+            from run.sections import load_figures  # brings matplotlib, which a run's start should not wait for
+
+            for source, figure in load_figures(rows):
+                metrics.show_figure(f"routing/{source}", figure, rows[0]["step"])
 
     def _show_needles(self, cells: Sequence[Cell], stage: Stage) -> None:
         from evals import heatmap  # brings matplotlib, which a run's start should not wait for

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from evals import heatmap
 from evals.harness import Cell
@@ -10,14 +11,33 @@ from run.facts import RunFacts, Snapshot
 from run.figures import Mark, Panel, encode, expert_load, panels, png
 from run.metrics import Row
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MOE_KEYS = {
     "max_violation": "busiest expert (0: even)",
-    "router_entropy": "router entropy (1: even)",
+    "mean_violation": "busiest expert, mean of layers",
+    "load_variation": "variation of the load",
     "balance_loss": "balance loss (1: even)",
+    "router_entropy": "router entropy (1: even)",
     "dead_experts": "experts without a token",
     "router_z_loss": "router z-loss",
+    "router_logit_max": "largest router logit",
+    "choice_overlap": "choices kept over a step",
+    "dropped_share": "share of rows dropped",
+    "null_share": "share of rows to null experts",
+    "bias_min": "lowest selection bias",
+    "bias_max": "highest selection bias",
 }
-FROM_ZERO = ("max_violation", "dead_experts", "router_z_loss", "tokens_per_second")
+FROM_ZERO = (
+    "max_violation",
+    "mean_violation",
+    "load_variation",
+    "dead_experts",
+    "router_z_loss",
+    "dropped_share",
+    "tokens_per_second",
+)
 
 
 @dataclass(frozen=True)
@@ -128,13 +148,18 @@ def experts(facts: RunFacts) -> Iterable[ReportSection]:
     pictures = [_picture("balance of the experts over time", part, facts, 3) for part in _in_rows(content, 3)]
     pictures += list(_load_over_time(facts))
     pictures += list(_load_by_layer(facts))
-    if pictures:
-        yield ReportSection(
-            "Experts",
+    shift = list(_shift_by_layer(facts))
+    if pictures or shift:
+        text = (
             "Whether the router uses all experts. The busiest expert is given as its load over the mean load, minus 1. "
-            "In squares, the colour of the page is an even share, blue is less and orange is more.",
-            pictures,
+            "In squares, the colour of the page is an even share, blue is less and orange is more."
         )
+        if shift:
+            text += (
+                " The last picture shows what the change of RoPE between two stages does by itself: the share of a "
+                "token's experts that stay the same when the same model reads the same text with the next stage's RoPE."
+            )
+        yield ReportSection("Experts", text, pictures + shift)
 
 
 def pace(facts: RunFacts) -> Iterable[ReportSection]:
@@ -181,13 +206,35 @@ def _load_over_time(facts: RunFacts) -> Iterable[Picture]:
 
 
 def _load_by_layer(facts: RunFacts) -> Iterable[Picture]:
-    for task in facts.tasks("routing"):
-        rows = [row for row in facts.snapshots[-1].rows if row["task"] == task] if facts.snapshots else []
-        load_LE = [_load(row) for row in sorted(rows, key=lambda row: row.get("layer", 0))]
-        if load_LE and all(load_LE):
+    for source, figure in load_figures(facts.snapshots[-1].rows if facts.snapshots else []):
+        yield Picture(f"load of each expert by layer on held-out {source}", encode(png(figure)))
+
+
+def load_figures(rows: Sequence[Row]) -> Iterable[tuple[str, "Figure"]]:
+    """For each source of one evaluation's rows, the load of every expert by layer."""
+    for task in dict.fromkeys(row["task"] for row in rows if row["task"].startswith("routing/")):
+        layers = [row for row in rows if row["task"] == task]
+        load_LE = [_load(row) for row in sorted(layers, key=lambda row: row.get("layer", 0))]
+        if all(load_LE):
             source = task.partition("/")[2]
-            figure = expert_load(load_LE=load_LE, y_label=f"layer ({source})", extent=(-0.5, len(load_LE) - 0.5))
-            yield Picture(f"load of each expert by layer on held-out {source}", encode(png(figure)))
+            extent = (-0.5, len(load_LE) - 0.5)
+            yield source, expert_load(load_LE=load_LE, y_label=f"layer ({source})", extent=extent)
+
+
+def _shift_by_layer(facts: RunFacts) -> Iterable[Picture]:
+    """The share of choices that the next stage's RoPE leaves as they were, a line for each stage's end."""
+    for task in facts.tasks("routing_shift"):
+        series = {
+            snapshot.title: (
+                [row["layer"] for row in snapshot.rows if row["task"] == task],
+                [row["score"] for row in snapshot.rows if row["task"] == task],
+            )
+            for snapshot in facts.snapshots
+        }
+        series = {title: line for title, line in series.items() if line[0]}
+        source = task.partition("/")[2]
+        panel = Panel(f"choices kept under the next RoPE ({source})", series, "", "MoE layer", is_dotted=True)
+        yield _picture(f"choices kept at a change of RoPE, by layer, on held-out {source}", [panel], facts)
 
 
 def _load(row: Row) -> list[float]:

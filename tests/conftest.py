@@ -1,5 +1,12 @@
 """One thread for every test: numbers depend on how many there are, and on busy cores more of them are slower."""
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,3 +18,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[int, dict[str, str]]]:
+    """Runs the cases of a test file (tests/ranks.py) on groups of gloo ranks: {size: {case: "" or what went wrong}}."""
+
+    def run(file: str, *sizes: int) -> dict[int, dict[str, str]]:
+        folder = tmp_path_factory.mktemp("ranks")
+        command = [sys.executable, str(Path(__file__).with_name("ranks.py")), file, str(folder), *map(str, sizes)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        subprocess.run(command, env=environment, cwd=folder, timeout=600, check=True)
+        outcomes: dict[int, dict[str, str]] = {}
+        for size in sizes:
+            paths = [folder / f"outcome_{size}_{rank}.json" for rank in range(size)]
+            by_rank = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
+            outcomes[size] = {
+                case: "".join(rank.get(case, "a rank never came here\n") for rank in by_rank)
+                for case in max(by_rank, key=len)
+            }
+        return outcomes
+
+    return run

@@ -193,7 +193,7 @@ def test_refused_before_anything_is_written(here: Path, overrides: list[str], ex
         ("tokens_per_step=1000000000000000007", "tokens_per_step=1000000000000000007"),
         ("model.width=17", "num_heads=2 must divide width=17"),
         ("model.attention.channels=7", "channels=7 must be even"),
-        ("model.moe.router.kind=softmax", "selection bias"),
+        ("model.moe.router.kind=expert_choice", "balance.kind"),
     ],
 )
 def test_impossible_values_are_refused_by_name(override: str, expected: str) -> None:

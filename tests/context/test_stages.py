@@ -121,3 +121,10 @@ def test_settings_refuse_what_cannot_be() -> None:
     with pytest.raises(ValidationError, match="every source the share 0"):
         stage(200, mixture={"web": 0.0})
     assert ContextSettings(stages=(stage(100), stage(200))).stages[1].until_tokens == 200
+
+
+def test_a_new_rotary_takes_over_where_a_stage_with_another_one_begins() -> None:
+    yarn = YarnRotary(base=1e4, factor=2.0, original_length=128)
+    other = StageSettings(until_tokens=6144, sequence_length=256, rotary=yarn)
+    stages = Stages([stage(2048), stage(4096), other], STEP)
+    assert [stages.new_rotary(tokens) for tokens in (0, 2048, 3072, 4096, 6144)] == [None, None, None, yarn, None]

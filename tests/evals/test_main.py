@@ -12,7 +12,7 @@ from model.initialize import initialize
 from model.transformer import build_model
 from run.checkpoint import Checkpoints
 from run.config import load_config
-from settings import Refusal, to_toml
+from settings import Refusal
 
 CONFIG = """
 total_tokens = 1024
@@ -62,7 +62,7 @@ def run_folder(tmp_path_factory):
     initialize(model, 3, "cpu")
     with torch.no_grad():
         model.head_weight.mul_(20)
-    checkpoints = Checkpoints(folder / "run", config.checkpoint, model, [], to_toml(config), print)
+    checkpoints = Checkpoints(folder / "run", config.checkpoint, model, [], config, print)
     for step in (2, 3):
         checkpoints.save(step, {"step": step, "tokens": 256 * step})
     return folder / "run"

@@ -4,9 +4,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from attention.attention import AttentionSettings
+from context.rotary import DefaultRotary
 from evals import routing
 from evals.routing import RoutingSettings, describe_load
+from model.initialize import initialize
+from model.transformer import ModelSettings, build_model
+from moe.layer import MoESettings
 from settings import Refusal
 
 
@@ -44,3 +50,27 @@ def test_balance_is_one():
 def test_what_does_not_fit_is_refused(materials):
     with pytest.raises(Refusal, match=r"evals.routing.length=64 .*'small' has 50"):
         routing.check(RoutingSettings(length=64), materials)
+
+
+def test_shift_is_the_share_of_choices_that_another_rope_leaves(materials):
+    settings = ModelSettings(
+        num_layers=2,
+        width=32,
+        attention=AttentionSettings(num_heads=2, num_kv_heads=2),
+        moe=MoESettings(num_experts=8, experts_per_token=2, expert_width=16),
+    )
+    model = build_model(settings, 257)
+    initialize(model, 0, "cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)  # attention has to matter for positions to matter
+    plain, other = DefaultRotary(base=1e4), DefaultRotary(base=10.0)
+    model.use_rotary(plain)
+    asked = RoutingSettings(length=64, sources=("web",), tokens=1024)
+    same = routing.shift(model, asked, materials, 0, plain)
+    assert [(cell.task, cell.extra, cell.score) for cell in same] == [
+        ("routing_shift/web", {"layer": layer}, pytest.approx(1.0)) for layer in range(2)
+    ]
+    kept = [cell.score for cell in routing.shift(model, asked, materials, 0, other)]
+    assert all(0 < score < 0.999 for score in kept)
+    assert model.rotary.spec == plain

@@ -82,6 +82,9 @@ def test_published_models_have_their_published_sizes(
             },
             "num_dense_layers": 2,
         },
+        {"moe": {"num_shared_experts": 2, "shared_gate": True, "null_experts": {"count": 3}}},
+        {"moe": {"null_experts": {"count": 1, "output": "copy"}, "balance": {"kind": "bias"}}, "num_dense_layers": 1},
+        {"moe": {"router": {"kind": "expert_choice"}, "num_shared_experts": 1}},
     ],
 )
 def test_count_is_the_built_models_part_by_part(tiny_settings, changes: dict) -> None:
@@ -102,15 +105,22 @@ def test_count_is_the_built_models_part_by_part(tiny_settings, changes: dict) ->
         assert size.active_experts * settings.moe.num_experts == size.experts * settings.moe.experts_per_token
 
 
-@pytest.mark.parametrize("moe", [False, True])
-def test_operations_equal_torchs_counter(tiny_settings, moe: bool) -> None:
+@pytest.mark.parametrize(
+    "moe",
+    [
+        None,
+        {},
+        {"num_shared_experts": 1, "shared_gate": True, "router": {"kind": "expert_choice"}, "balance": []},
+    ],
+)
+def test_operations_equal_torchs_counter(tiny_settings, moe: dict | None) -> None:
     rows, length, vocab_size = 2, 48, 61
     # Written out as plain products: torch's counter sees neither grouped products nor the CPU's attention kernel.
     # It counts the whole score matrix, so the masked half is in both numbers.
     attention = {"num_heads": 4, "num_kv_heads": 2, "channels": 16, "backend": "reference"}
     changes = {"attention": attention, "num_layers": 2}
-    if moe:
-        changes["moe"] = {"experts": "loop"}
+    if moe is not None:
+        changes["moe"] = {"experts": "loop", **moe}
     settings = tiny_settings(**changes)
     model = build_model(settings, vocab_size)
     initialize(model, 0, "cpu")

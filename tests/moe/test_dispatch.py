@@ -1,83 +1,125 @@
-"""Rows travel to their experts and come back."""
+"""Rows are sorted by expert and summed back by token; slots that go nowhere leave no trace."""
 
 import pytest
 import torch
 
-from moe.dispatch import LocalDispatcher, gather_sum, sort_rows
+from moe import dispatch
+from moe.dispatch import LocalDispatcher, Plan, gather_slots, gather_sum, pad_rows, sort_rows
 
 CASES = [(12, 2, 5), (1, 1, 1), (7, 3, 3), (33, 1, 7), (0, 2, 4), (50, 4, 13)]
 
 
-def table(num_tokens, experts_per_token, num_experts):
+def table(num_tokens: int, experts_per_token: int, num_experts: int, nowhere: float = 0.0) -> torch.Tensor:
+    """A routing table in which about a share `nowhere` of the slots go nowhere."""
     torch.manual_seed(num_tokens)
-    return torch.rand(num_tokens, num_experts).topk(experts_per_token, dim=1).indices
+    chosen_NK = torch.rand(num_tokens, num_experts).topk(experts_per_token, dim=1).indices
+    return chosen_NK.masked_fill(torch.rand(chosen_NK.shape) < nowhere, num_experts)
 
 
+@pytest.mark.parametrize("nowhere", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("case", CASES)
-def test_rows_are_sorted_by_expert_and_stay_in_token_order(case):
-    chosen_NK = table(*case)
-    offsets_E, plan = sort_rows(chosen_NK, case[2])
-    experts_R = chosen_NK.flatten()[plan.order_R]
-    expected = sorted(range(chosen_NK.numel()), key=lambda slot: (chosen_NK.flatten()[slot].item(), slot))
+def test_rows_are_sorted_by_expert_and_stay_in_token_order(case: tuple[int, int, int], nowhere: float) -> None:
+    chosen_NK = table(*case, nowhere)
+    plan = sort_rows(chosen_NK, case[2])
+    chosen_R = chosen_NK.flatten()
+    expected = sorted(range(chosen_NK.numel()), key=lambda slot: (chosen_R[slot].item(), slot))
     assert plan.order_R.tolist() == expected
-    assert offsets_E.dtype == torch.int32
-    assert offsets_E.tolist() == [(experts_R <= e).sum().item() for e in range(case[2])]
+    assert plan.offsets_E.dtype == torch.int32
+    assert plan.offsets_E.tolist() == [int((chosen_R <= e).sum()) for e in range(case[2])]
     assert torch.equal(plan.tokens_R, plan.order_R // case[1])
     assert torch.equal(plan.order_R[plan.places_NK.flatten()], torch.arange(chosen_NK.numel()))
 
 
+@pytest.mark.parametrize("nowhere", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_combine_of_dispatch_is_the_token_times_its_gates(case, dtype):
-    chosen_NK = table(*case)
-    x_ND = torch.randn(case[0], 6).to(dtype)
-    gates_NK = torch.rand(case[0], case[1])
-    dispatcher = LocalDispatcher(case[2])
-    rows_RD, _, plan = dispatcher.dispatch(x_ND, chosen_NK)
-    out_ND = dispatcher.combine(rows_RD, gates_NK, plan)
-    assert out_ND.dtype == dtype and rows_RD.shape == (case[0] * case[1], 6)
-    expected = (x_ND.double() * gates_NK.double().sum(1, keepdim=True)).to(dtype)
-    torch.testing.assert_close(out_ND, expected, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+def test_a_token_comes_back_as_often_as_it_was_sent(
+    case: tuple[int, int, int], nowhere: float, dtype: torch.dtype
+) -> None:
+    chosen_NK = table(*case, nowhere)
+    plan = sort_rows(chosen_NK, case[2])
+    x_ND, weights_NK = torch.randn(case[0], 6).to(dtype), torch.rand(case[0], case[1])
+    rows_RD = x_ND[plan.tokens_R]
+    rows_RD[plan.offsets_E[-1] :] = torch.nan
+    weights_NK[chosen_NK == case[2]] = torch.nan
+    goes_NK = chosen_NK < case[2]
+    tolerance = {"rtol": 2**-7, "atol": 1e-6} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    for weights, sums in ((None, goes_NK.sum(1)), (weights_NK, weights_NK.where(goes_NK, 0).sum(1))):
+        out_ND = gather_sum(rows_RD, plan, weights)
+        assert out_ND.dtype == dtype
+        torch.testing.assert_close(out_ND, (x_ND.double() * sums[:, None]).to(dtype), **tolerance)
+    slots_NK = gather_slots(torch.where(torch.arange(len(rows_RD)) < plan.offsets_E[-1], plan.order_R, -1), plan)
+    assert torch.equal(slots_NK, torch.arange(chosen_NK.numel()).view_as(chosen_NK).where(goes_NK, 0))
 
 
+@pytest.mark.parametrize("sum_slots", [dispatch._bag, dispatch._slot_by_slot])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gather_sum_accumulates_in_fp32(dtype):
-    rows_RD = torch.randn(64, 5).to(dtype)
-    places_NK = torch.randperm(64).view(16, 4)
-    weights_NK = torch.rand(16, 4)
-    exact = (rows_RD.double()[places_NK] * weights_NK.double()[..., None]).sum(1)
-    error = (gather_sum(rows_RD, places_NK, weights_NK).double() - exact).abs()
+def test_sums_are_rounded_once(sum_slots, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_bag", sum_slots)
+    rows_RD, weights_NK = torch.randn(64, 5).to(dtype), torch.rand(16, 4)
+    plan = sort_rows(torch.rand(16, 9).topk(4, dim=1).indices, 9)
+    exact = (rows_RD.double()[plan.places_NK] * weights_NK.double()[..., None]).sum(1)
+    error = (gather_sum(rows_RD, plan, weights_NK).double() - exact).abs()
     # One rounding of the finished sum: half a unit in the last place, plus fp32's own errors.
     assert (error <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6).all()
 
 
-def test_gradients_of_tokens_and_gates():
-    chosen_NK = table(9, 2, 4)
-    dispatcher = LocalDispatcher(4)
-
-    def through(x_ND, gates_NK):
-        rows_RD, _, plan = dispatcher.dispatch(x_ND, chosen_NK)
-        return dispatcher.combine(rows_RD.sin(), gates_NK, plan)
-
-    inputs = [torch.randn(9, 3, dtype=torch.float64), torch.rand(9, 2, dtype=torch.float64)]
-    assert torch.autograd.gradcheck(through, [t.requires_grad_() for t in inputs])
-
-
-def test_gradients_in_low_precision_are_summed_in_fp32():
-    """256 + 1 is 256 in bf16: four rows that arrive one by one would lose three of four ones."""
-    x_ND = torch.zeros(1, 2, dtype=torch.bfloat16, requires_grad=True)
-    rows_RD, _, plan = LocalDispatcher(5).dispatch(x_ND, torch.tensor([[0, 1, 2, 3, 4]]))
-    rows_RD.backward(torch.tensor([[256.0], [1.0], [1.0], [1.0], [1.0]]).expand(5, 2).bfloat16())
-    assert x_ND.grad.tolist() == [[260.0, 260.0]]
-    assert len(plan.order_R) == 5
+@pytest.mark.parametrize("case", CASES)
+def test_a_plan_of_fewer_rows_is_the_same_as_long_as_they_are_enough(case: tuple[int, int, int]) -> None:
+    chosen_NK = table(*case, 0.5)
+    whole = sort_rows(chosen_NK, case[2])
+    num_rows = int(whole.offsets_E[-1])
+    for max_rows in {num_rows, min(num_rows + 1, chosen_NK.numel())}:
+        plan = sort_rows(chosen_NK, case[2], max_rows)
+        assert len(plan.order_R) == len(plan.tokens_R) == max_rows
+        assert torch.equal(plan.order_R, whole.order_R[:max_rows])
+        assert torch.equal(plan.offsets_E, whole.offsets_E) and torch.equal(plan.places_NK, whole.places_NK)
+        values_R = torch.randn(len(whole.order_R), 3)
+        assert torch.equal(gather_sum(values_R[:max_rows], plan), gather_sum(values_R, whole))
+        assert torch.equal(gather_slots(values_R[:max_rows, 0], plan), gather_slots(values_R[:, 0], whole))
 
 
-def test_same_result_twice():
+@pytest.mark.parametrize("nowhere", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("case", CASES)
+def test_a_padded_plan_has_the_same_rows_in_stretches_of_equal_length(
+    case: tuple[int, int, int], nowhere: float
+) -> None:
+    chosen_NK = table(*case, nowhere)
+    plan, num_slots = sort_rows(chosen_NK, case[2]), chosen_NK.numel()
+    padded = pad_rows(plan)
+    sizes = plan.offsets_E.diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist()
+    assert padded.offsets_E.tolist() == [(e + 1) * max(sizes) for e in range(case[2])]
+    rows_of = lambda plan, start, size: plan.order_R[start : start + size].tolist()  # noqa: E731
+    for e, size in enumerate(sizes):
+        expected = rows_of(plan, int(plan.offsets_E[e]) - size, size) + [num_slots] * (max(sizes) - size)
+        assert rows_of(padded, e * max(sizes), max(sizes)) == expected
+    is_filler_R = padded.order_R == num_slots
+    assert torch.equal(padded.tokens_R, torch.where(is_filler_R, 0, padded.order_R // case[1]))
+    goes_NK = chosen_NK < case[2]
+    assert torch.equal(padded.places_NK < case[2] * max(sizes), goes_NK)
+    assert torch.equal(padded.order_R[padded.places_NK[goes_NK]], torch.arange(num_slots).view_as(chosen_NK)[goes_NK])
+
+
+def test_nothing_travels_on_one_device() -> None:
+    x_ND, chosen_NK, gates_NK = torch.randn(4, 3), table(4, 2, 5), torch.rand(4, 2)
+    parcel = LocalDispatcher().send(x_ND, chosen_NK, gates_NK)
+    assert all(a is b for a, b in zip(parcel.receive(), (x_ND, chosen_NK, gates_NK), strict=True))
+    assert parcel.bring_back(x_ND) is x_ND
+
+
+def test_same_result_twice() -> None:
     chosen_NK = table(200, 4, 16)
-    x_ND, gates_NK = torch.randn(200, 8), torch.rand(200, 4)
-    dispatcher = LocalDispatcher(16)
-    outs = []
-    for _ in range(2):
-        rows_RD, _, plan = dispatcher.dispatch(x_ND, chosen_NK)
-        outs.append(dispatcher.combine(rows_RD, gates_NK, plan))
-    assert torch.equal(*outs)
+    rows_RD, gates_NK = torch.randn(800, 8), torch.rand(200, 4)
+    plans = [sort_rows(chosen_NK, 16) for _ in range(2)]
+    assert all(torch.equal(*pair) for pair in zip(*plans, strict=True))
+    assert torch.equal(*(gather_sum(rows_RD, plan, gates_NK) for plan in plans))
+
+
+def test_sorting_and_summing_never_wait() -> None:
+    chosen_NK = torch.empty(6, 2, dtype=torch.int64, device="meta")  # has no values to wait for
+    plan = sort_rows(chosen_NK, 5, 10)
+    assert isinstance(plan, Plan) and plan.order_R.shape == (10,)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows_RD = torch.empty(10, 3, dtype=dtype, device="meta")
+        assert gather_sum(rows_RD, plan, torch.empty(6, 2, device="meta")).shape == (6, 3)
+    assert gather_slots(torch.empty(10, device="meta"), plan).shape == (6, 2)

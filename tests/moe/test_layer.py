@@ -3,11 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from moe.experts import MATMULS
+from moe.experts import MATMULS as ALL_MATMULS
+from moe.experts import unavailable
 from moe.layer import MoE, MoESettings
+from moe.routing import Memo, TokenFacts
 
-ROUTERS = [{"kind": kind, "normalize": normalize} for kind in ("softmax", "sigmoid") for normalize in (True, False)]
+MATMULS = [name for name in ALL_MATMULS if unavailable(name, "cpu", torch.float32, 16, 24) is None]
+SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+ROUTERS = [{"kind": kind, "normalize": normalize} for kind in SCORES for normalize in (True, False)]
 
 
 def build(num_experts=4, experts_per_token=2, width=16, expert_width=24, **others):
@@ -30,13 +35,15 @@ def gradients(layer, x_BTD, grad_BTD):
     return {"out": out_BTD.detach(), **dict(zip(["x", *named], grads, strict=True))}
 
 
-def slow_layer(layer, x_ND):
+def slow_layer(layer, x_ND, facts=None):
     """Every expert on every token, weighted by gates that are 0 where it was not chosen."""
-    stats = layer.router(x_ND)
-    gates_NE = torch.zeros_like(stats.logits_NE).scatter(1, stats.chosen_NK, stats.gates_NK)
+    stats = layer.router(x_ND, facts)
+    num_experts = stats.num_experts
+    gates_NE = x_ND.new_zeros(len(x_ND), num_experts + 1).scatter(1, stats.chosen_NK, stats.gates_NK)[:, :num_experts]
     gate, up = torch.einsum("nd,ejd->enj", x_ND, layer.experts.gate_up).chunk(2, dim=-1)
     answers_END = torch.einsum("enf,edf->end", F.silu(gate) * up, layer.experts.down)
     out_ND = torch.einsum("ne,end->nd", gates_NE, answers_END)
+    out_ND = out_ND if stats.copy_N is None else out_ND + stats.copy_N[:, None] * x_ND
     return out_ND if layer.shared is None else out_ND + layer.shared(x_ND)
 
 
@@ -107,7 +114,7 @@ def test_tokens_do_not_see_each_other(experts):
 
 @pytest.mark.parametrize("experts", MATMULS)
 def test_all_tokens_on_one_expert(experts):
-    layer = build(5, 1, experts=experts, router={"kind": "sigmoid", "normalize": False})
+    layer = build(5, 1, experts=experts, router={"kind": "sigmoid", "normalize": False}, balance={"kind": "bias"})
     layer.router.bias_E[2] = 100.0
     x_BTD, grad_BTD = torch.randn(2, 8, 16), torch.randn(2, 8, 16)
     assert layer(x_BTD)[1].counts_E.tolist() == [0, 0, 16, 0, 0]
@@ -135,34 +142,134 @@ def test_low_precision_error_is_at_most_twice_the_plain_twins():
             return gradients(layer, x_BTD, grad_BTD.bfloat16())
 
     plain = under_autocast("loop")
-    for experts in ("blocked", "grouped_mm"):
+    for experts in MATMULS:
         for name, ours in under_autocast(experts).items():
             error = (ours.float() - exact[name]).norm() / exact[name].norm()
             assert error <= 2 * (plain[name].float() - exact[name]).norm() / exact[name].norm(), name
 
 
-def test_equals_mixtrals_block():
-    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-    from transformers import MixtralConfig
+FEATURES = {
+    "expert_choice": {"router": {"kind": "expert_choice"}},
+    "random": {"router": {"kind": "random"}, "balance": []},
+    "null_zero": {"null_experts": {"count": 3}},
+    "null_copy": {"null_experts": {"count": 3, "output": "copy"}, "num_shared_experts": 1},
+    "capacity": {"capacity": {"factor": 0.7}},
+    "shared_gate": {"num_shared_experts": 2, "shared_gate": True},
+    "all": {
+        "router": {"kind": "sqrt_softplus", "jitter": 0.1, "scale": 2.0},
+        "null_experts": {"count": 2, "output": "copy"},
+        "capacity": {"factor": 0.7, "drop": "position"},
+        "num_shared_experts": 1,
+        "shared_gate": True,
+        "balance": [{"kind": "bias"}, {"kind": "loss"}],
+    },
+}
 
-    layer = build(8, 2, width=16, expert_width=24)
-    config = MixtralConfig(hidden_size=16, intermediate_size=24, num_local_experts=8, num_experts_per_tok=2)
-    config._experts_implementation = "eager"
-    theirs = mixtral.MixtralSparseMoeBlock(config)
-    theirs.gate.weight.data.copy_(layer.router.weight)
-    theirs.experts.gate_up_proj.data.copy_(layer.experts.gate_up)
-    theirs.experts.down_proj.data.copy_(layer.experts.down)
-    x_BTD = torch.randn(3, 11, 16)
-    torch.testing.assert_close(layer(x_BTD)[0], theirs(x_BTD), rtol=1e-4, atol=1e-5)
+
+def facts_of(rows, length, padding=0):
+    torch.manual_seed(1)
+    is_real_BT = torch.arange(length).expand(rows, -1) < length - padding
+    places_BT = torch.arange(length).expand(rows, -1)
+    return TokenFacts(torch.randint(50, (rows, length)), places_BT, torch.randint(1 << 40, (rows,)), is_real_BT)
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("experts", MATMULS)
+def test_every_feature_equals_every_expert_on_every_token(name, padding, experts):
+    layer, facts = build(**FEATURES[name], experts=experts), facts_of(3, 8, padding)
+    x_BTD, grad_BTD = torch.randn(3, 8, 16).requires_grad_(), torch.randn(3, 8, 16)
+    inputs = [x_BTD, *layer.parameters()]
+    out_BTD, stats = layer(x_BTD, facts)
+    slow_BTD = slow_layer(layer, x_BTD.flatten(0, 1), facts).view(3, 8, 16)
+    torch.testing.assert_close(out_BTD, slow_BTD, rtol=1e-4, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(out, inputs, grad_BTD) for out in (out_BTD, slow_BTD))
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+        assert one.norm() > 0
+    assert stats.num_experts == 4 and len(stats.counts_E) == 4
+
+
+def test_a_token_that_meets_no_expert_gets_the_shared_ones_alone():
+    layer = build(num_shared_experts=1)
+    out_BTD, _ = layer(x_BTD := torch.randn(2, 8, 16), facts_of(2, 8, padding=3))
+    torch.testing.assert_close(out_BTD[:, 5:], layer.shared(x_BTD)[:, 5:])
+    assert not torch.allclose(out_BTD[:, :5], layer.shared(x_BTD)[:, :5])
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_expert_choice_tells_experts_how_few_rows_there_are(padding):
+    layer, facts, told = build(num_experts=8, **FEATURES["expert_choice"]), facts_of(3, 10, padding), []
+    layer.experts.register_forward_pre_hook(lambda _, args: told.append(args[3]))
+    _, stats = layer(torch.randn(3, 10, 16), facts)
+    assert told == [3 * 8 * 3] and stats.chosen_NK.numel() == 30 * 8
+    assert stats.counts_E.sum() == told[0]
+    build()(torch.randn(3, 10, 16), facts)
+    build(**FEATURES["capacity"])(torch.randn(3, 10, 16), facts)
+    assert layer.router.eval().max_rows(facts) is None
+
+
+def test_layers_draw_each_for_themselves():
+    settings = MoESettings(num_experts=8, experts_per_token=2, expert_width=4, router={"kind": "random"}, balance=[])
+    x_BTD, facts = torch.randn(2, 64, 16), facts_of(2, 64)
+    one, same, other = (MoE(settings, 16, layer)(x_BTD, facts)[1].selected_NK for layer in (0, 0, 1))
+    assert torch.equal(one, same) and (one == other).float().mean() < 0.3
+
+
+def test_recomputing_inside_the_experts_is_passed_on():
+    assert build(recompute="up").experts.recompute_up and not build().experts.recompute_up
+
+
+def test_a_router_that_is_told_nothing_says_so():
+    for name in ("expert_choice", "random", "capacity"):
+        with pytest.raises(AssertionError, match="pass TokenFacts"):
+            build(**FEATURES[name])(torch.randn(1, 4, 16))
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_recomputation_meets_the_same_experts_whatever_its_router_says(name):
+    """A router that is noisier the second time would send other rows to other experts: a CheckpointError."""
+    layer, facts = build(**FEATURES[name]), facts_of(3, 8, 2)
+    x_BTD = torch.randn(3, 8, 16, requires_grad=True)
+    tables = []
+    layer.router.register_forward_pre_hook(lambda _, args: (args[0] + torch.randn_like(args[0]), *args[1:]))
+    layer.router.register_forward_hook(lambda _, __, stats: tables.append(stats.chosen_NK))
+    out_BTD, stats = checkpoint(layer, x_BTD, facts, Memo(), use_reentrant=False, preserve_rng_state=False)
+    out_BTD.square().sum().backward()
+    assert len(tables) == 2 and torch.equal(*tables) and torch.equal(tables[0], stats.chosen_NK)
+    assert x_BTD.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_recomputation_changes_no_gradient(name):
+    layer, facts = build(**FEATURES[name]), facts_of(3, 8, 2)
+    x_BTD = torch.randn(3, 8, 16, requires_grad=True)
+    inputs = [x_BTD, *layer.parameters()]
+    plain, stats = layer(x_BTD, facts)
+    again, first = checkpoint(layer, x_BTD, facts, Memo(), use_reentrant=False)
+    weight_NK = torch.randn_like(stats.gates_NK)
+    losses = [out.square().sum() + (s.gates_NK * weight_NK).sum() for out, s in ((plain, stats), (again, first))]
+    for ours, theirs in zip(*(torch.autograd.grad(loss, inputs) for loss in losses), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_builds_on_the_meta_device_and_names_its_parameters():
     with torch.device("meta"):
-        layer = MoE(MoESettings(num_experts=4, experts_per_token=2, expert_width=8, num_shared_experts=2), 16)
+        settings = MoESettings(
+            num_experts=4,
+            experts_per_token=2,
+            expert_width=8,
+            num_shared_experts=2,
+            shared_gate=True,
+            null_experts={"count": 3},
+        )
+        layer = MoE(settings, 16)
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
-        "router.weight": (4, 16),
+        "router.weight": (7, 16),
         "experts.gate_up": (4, 16, 16),
         "experts.down": (4, 16, 8),
         "shared.gate_up.weight": (32, 16),
         "shared.down.weight": (16, 16),
+        "shared.gate.weight": (1, 16),
     }

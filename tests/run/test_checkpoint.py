@@ -14,10 +14,22 @@ from torch import nn
 import run.checkpoint
 import run.sealed
 from run.checkpoint import Checkpoints, CheckpointSettings, read_checkpoint
-from settings import Refusal
+from settings import Refusal, Section, to_toml
 
 FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json", "config.toml", "manifest.json")
 Optimizers = list[torch.optim.Optimizer]
+
+
+class Config(Section):
+    """What a run's configuration may hold, as far as checkpoints are concerned."""
+
+    name: str = "tiny"
+    seed: int = 0
+    threads: int = 1
+    log: dict[str, int] | None = None
+
+
+ORIGINAL = Config()
 
 
 class Tiny(nn.Module):
@@ -76,7 +88,7 @@ def train(model: nn.Module, optimizers: Optimizers, steps: range) -> None:
 
 
 def open_in(
-    folder: Path, model: nn.Module, optimizers: Optimizers, keep: int = 3, config: str = 'name = "tiny"\n'
+    folder: Path, model: nn.Module, optimizers: Optimizers, keep: int = 3, config: Config = ORIGINAL
 ) -> tuple[Checkpoints, list[str]]:
     warnings: list[str] = []
     settings = CheckpointSettings(keep=keep)
@@ -246,7 +258,7 @@ def test_a_state_of_another_step_is_damage(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_configuration_is_passed_over_by_name(tmp_path: Path) -> None:
-    foreign, _ = open_in(tmp_path / "other", *build(), config='name = "o"\nseed = 1\n')
+    foreign, _ = open_in(tmp_path / "other", *build(), config=Config(name="o", seed=1))
     copied = foreign.save(7, {"steps": 7})
     saved_run(tmp_path)
     shutil.copytree(copied, tmp_path / "checkpoints" / copied.name)
@@ -255,7 +267,7 @@ def test_a_checkpoint_of_another_configuration_is_passed_over_by_name(tmp_path: 
     assert len(warnings) == 1 and copied.name in warnings[0] and "seed" in warnings[0]
     with pytest.raises(Refusal, match="another configuration"):
         open_in(tmp_path / "other", *build())[0].restore_latest()
-    watched_otherwise = 'name = "renamed"\nthreads = 4\n[log]\nevery_steps = 1\n'
+    watched_otherwise = Config(name="renamed", threads=4, log={"every_steps": 1})
     checkpoints, warnings = open_in(tmp_path, *build(), config=watched_otherwise)
     shutil.rmtree(tmp_path / "checkpoints" / copied.name)
     assert checkpoints.restore_latest() == {"steps": 2} and not warnings
@@ -413,7 +425,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> No
 
 
 def test_checkpoints_are_due_every_so_many_steps(tmp_path: Path) -> None:
-    checkpoints = Checkpoints(tmp_path, CheckpointSettings(every_steps=4), *build(), "", print)
+    checkpoints = Checkpoints(tmp_path, CheckpointSettings(every_steps=4), *build(), ORIGINAL, print)
     assert [step for step in range(1, 13) if checkpoints.due(step)] == [4, 8, 12]
 
 
@@ -438,7 +450,7 @@ def test_read_checkpoint_takes_a_run_or_one_checkpoint(tmp_path: Path) -> None:
     warnings: list[str] = []
     for place, expected in ((tmp_path, 1), (tmp_path / "checkpoints", 1), (older, 1)):
         state, config, tensors = read_checkpoint(place, warnings.append)
-        assert state == {"steps": expected} and config == 'name = "tiny"\n'
+        assert state == {"steps": expected} and config == to_toml(ORIGINAL)
         model, _ = build(seed=9)
         model.load_state_dict(tensors, strict=True)
         assert torch.equal(tensors["head.weight"], tensors["embedding.weight"])

@@ -13,9 +13,8 @@ from model.size import Size
 from run import folder as room
 from run.config import RunConfig, load_config
 from run.folder import describe, hold, let_go
-from run.identity import different_keys
 from run.start import Run, refusing, start
-from settings import Refusal, to_toml
+from settings import Refusal
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
 SIZE = Size(*[1] * 7)
@@ -64,9 +63,6 @@ def test_what_may_change_and_what_may_not() -> None:
     opened("log.every_steps=7", "threads=1", "checkpoint.keep=9", "profile={start_step = 1}")
     with pytest.raises(Refusal, match="seed: 0 -> 1"):
         start(tiny("seed=1"))
-    same = to_toml(tiny("name=other", "log.every_steps=7", "threads=1", "checkpoint.keep=9"))
-    assert different_keys(to_toml(tiny()), same) == []
-    assert different_keys(to_toml(tiny()), to_toml(tiny("seed=1", "model.width=32"))) == ["model", "seed"]
 
 
 def test_a_folder_held_by_another_process_is_refused() -> None:

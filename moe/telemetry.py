@@ -1,0 +1,142 @@
+"""What a run tells of its routing: a fixed number of series, however many experts and layers there are."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from moe.balance import only_real
+from moe.router import Router
+from moe.routing import RoutingStats
+
+
+class RoutingMeter:
+    """Adds up a step's routing over its micro-batches on the device; `report` is the only wait.
+
+    On several ranks `tensors` are summed between the last `add` and `report`. The maximum over ranks comes out of the
+    same sum, as each rank of `num_ranks` writes into a place of its own.
+    """
+
+    def __init__(self, routers: Sequence[Router] = (), rank: int = 0, num_ranks: int = 1) -> None:
+        """routers: whose selection biases are told, as they are when the report is made."""
+        self.routers, self.rank, self.num_ranks = routers, rank, num_ranks
+        self.num_experts = 0
+        """Real experts; null ones stand behind them."""
+        self.counts_LE: Tensor | None = None
+        """How often each expert, null ones included, was wanted in each layer, int64."""
+        self.sums_LE: Tensor | None = None
+        """Sums over real tokens of the probabilities, fp32."""
+        self.sums_L4: Tensor | None = None
+        """Sums over real tokens of the squared logsumexp, of the entropy and of 1, and the rows computed, fp64."""
+        self.largest_W: Tensor | None = None
+        """The largest absolute logit of each rank."""
+        self._first_choices: list[Tensor] = []
+        self._route_again: Callable[[], Sequence[RoutingStats]] | None = None
+
+    @torch.no_grad()
+    def add(self, all_stats: Sequence[RoutingStats]) -> None:
+        """Count one micro-batch's first forward pass; never a recomputed one."""
+        if not all_stats:
+            return
+        self.num_experts = all_stats[0].num_experts
+        counts_LE = torch.stack([stats.selected_E for stats in all_stats])
+        sums_LE = torch.stack([only_real(stats, stats.probabilities_NE).sum(dim=0) for stats in all_stats])
+        sums_L4 = torch.stack([_sums_4(stats) for stats in all_stats])
+        largest_W = counts_LE.new_zeros(self.num_ranks, dtype=torch.float64)
+        largest_W[self.rank] = torch.stack([_largest_logit(stats) for stats in all_stats]).max()
+        if self.counts_LE is None or self.sums_LE is None or self.sums_L4 is None or self.largest_W is None:
+            self.counts_LE, self.sums_LE, self.sums_L4, self.largest_W = counts_LE, sums_LE, sums_L4, largest_W
+            return
+        self.counts_LE += counts_LE
+        self.sums_LE += sums_LE
+        self.sums_L4 += sums_L4
+        self.largest_W = torch.maximum(self.largest_W, largest_W)
+
+    def watch(
+        self, all_stats: Sequence[RoutingStats], num_tokens: int, route_again: Callable[[], Sequence[RoutingStats]]
+    ) -> None:
+        """Let `report` tell how many choices of the first `num_tokens` tokens `route_again` then leaves as they were.
+
+        `route_again` gives the stats of exactly these tokens, with the weights that the model has by then.
+        """
+        self._first_choices = [stats.selected_NK[:num_tokens].clone() for stats in all_stats]
+        self._route_again = route_again
+
+    def tensors(self) -> list[Tensor]:
+        """What a run on several ranks adds up in place (all-reduce) before it reads or updates anything."""
+        return [t for t in (self.counts_LE, self.sums_LE, self.sums_L4, self.largest_W) if t is not None]
+
+    @torch.no_grad()
+    def report(self) -> dict[str, float]:
+        """The step's numbers as plain floats; empty when nothing was added. Waits for the device once.
+
+        balance_loss (of scope "batch"), router_z_loss and router_entropy (1.0: even) are means over layers.
+        max_violation is the busiest expert's load over the mean load, minus 1, in the worst layer; mean_violation the
+        same as a mean over layers; load_variation the load's standard deviation over its mean, a mean over layers.
+        dead_experts counts real experts that nobody wanted, over all layers. dropped_share: of the rows wanted from
+        real experts, those that were not computed. null_share: of all that was wanted, what null experts got.
+        choice_overlap: see `watch`; of this rank's tokens.
+        """
+        if self.counts_LE is None or self.sums_LE is None or self.sums_L4 is None or self.largest_W is None:
+            return {}
+        z_L, entropy_L, tokens_L, computed_L = self.sums_L4.unbind(dim=1)
+        tokens_L = tokens_L.clamp(min=1)
+        share_LE = self.counts_LE / self.counts_LE.sum(dim=1, keepdim=True).clamp(min=1)
+        wanted_LE = self.counts_LE[:, : self.num_experts].double()
+        mean_L = wanted_LE.mean(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+        violation_L = torch.where(wanted_LE.any(dim=1), wanted_LE.amax(dim=1) / mean_L - 1, 0.0)
+        numbers = {
+            "balance_loss": (share_LE.shape[1] * (share_LE * self.sums_LE).sum(dim=1) / tokens_L).mean(),
+            "router_z_loss": (z_L / tokens_L).mean(),
+            "max_violation": violation_L.max(),
+            "mean_violation": violation_L.mean(),
+            "load_variation": (wanted_LE.std(dim=1, correction=0) / mean_L).mean(),
+            "dead_experts": (wanted_LE == 0).sum(),
+            "router_entropy": (entropy_L / tokens_L).mean(),
+            "router_logit_max": self.largest_W.max(),
+            "dropped_share": _share(wanted_LE.sum() - computed_L.sum(), wanted_LE.sum()),
+        }
+        if self.num_experts < self.counts_LE.shape[1]:
+            numbers["null_share"] = _share(self.counts_LE.sum() - wanted_LE.sum(), self.counts_LE.sum())
+        biases_LE = [router.bias_E for router in self.routers if router.bias_E is not None]
+        if biases_LE:
+            numbers["bias_min"], numbers["bias_max"] = torch.stack(biases_LE).aminmax()
+        if self._route_again is not None and self._first_choices:
+            numbers["choice_overlap"] = self._overlap(self._route_again())
+        return dict(zip(numbers, torch.stack([n.double() for n in numbers.values()]).tolist(), strict=True))
+
+    def _overlap(self, all_stats: Sequence[RoutingStats]) -> Tensor:
+        """The mean over layers of the choices that stayed."""
+        pairs = zip(self._first_choices, all_stats, strict=True)
+        return torch.stack([choice_overlap(old, new.selected_NK, new.logits_NE.shape[1]) for old, new in pairs]).mean()
+
+
+def choice_overlap(selected_a_NK: Tensor, selected_b_NK: Tensor, num_experts: int | None = None) -> Tensor:
+    """The mean share of a token's experts that are the same in two routings of the same N tokens: a scalar, 0 to 1.
+
+    The two may have different K; the share is then of the longer list. num_experts: numbers from there on are empty
+    slots, and tokens that chose nothing either time are left out; without it every number is an expert.
+    """
+    limit = torch.iinfo(torch.int64).max if num_experts is None else num_experts
+    is_same_NKK = (selected_a_NK[:, :, None] == selected_b_NK[:, None, :]) & (selected_a_NK < limit)[:, :, None]
+    most_N = torch.maximum((selected_a_NK < limit).sum(dim=1), (selected_b_NK < limit).sum(dim=1))
+    share_N = is_same_NKK.flatten(1).sum(dim=1) / most_N.clamp(min=1)
+    return share_N.sum() / (most_N > 0).sum().clamp(min=1)
+
+
+def _sums_4(stats: RoutingStats) -> Tensor:
+    num_experts = stats.logits_NE.shape[1]
+    entropy = torch.special.entr(only_real(stats, stats.probabilities_NE)).sum() / math.log(max(num_experts, 2))
+    z = only_real(stats, stats.logits_NE.logsumexp(dim=-1).square()).sum()
+    sums = [z, entropy, torch.as_tensor(stats.num_real, device=z.device), stats.counts_E.sum()]
+    return torch.stack([value.double() for value in sums])
+
+
+def _largest_logit(stats: RoutingStats) -> Tensor:
+    logits_NE = only_real(stats, stats.logits_NE).abs()
+    return logits_NE.amax().double() if logits_NE.numel() else logits_NE.new_zeros((), dtype=torch.float64)
+
+
+def _share(part: Tensor, whole: Tensor) -> Tensor:
+    return part / whole.clamp(min=1)

@@ -1,0 +1,132 @@
+"""The first weights of a run: drawn, or another run's, whose dense layers may become experts."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from data.tokenizer import Tokenizer, build_tokenizer
+from model.initialize import initialize
+from model.transformer import Transformer
+from moe.upcycle import UpcycleSettings, upcycle
+from run.checkpoint import read_checkpoint
+from run.identity import read_recorded
+from run.sealed import Damaged, Tensors, read_json
+from settings import Refusal, Section
+
+if TYPE_CHECKING:
+    from run.config import RunConfig
+    from run.start import Run
+
+
+class InitialSettings(Section):
+    """Another run's weights to begin with; tokens, optimizer and schedule start anew."""
+
+    checkpoint: str
+    """A run's folder or one of its checkpoints: read once, when this run starts, and not needed afterwards."""
+    upcycle: UpcycleSettings | None = None
+    """How dense layers of that run become MoE layers of this one; left out: every layer stays what it is."""
+
+
+def first_weights(run: "Run", model: Transformer, tokenizer: Tokenizer) -> None:
+    """Give the model its first values: drawn, or those of the run to start from, in the terminal by name.
+
+    A run that has a checkpoint of its own has no need of the other's. Every rank reads for itself. Raises Refusal,
+    naming tensors, where the other run's shapes, vocabulary or heads differ.
+    """
+    config, initial = run.config, run.config.initial
+    initialize(model, config.seed, run.device)
+    if initial is None or any((run.folder / "checkpoints").glob("step_*")):
+        return
+    state, config_toml, weights = read_checkpoint(initial.checkpoint, run.say)
+    _refuse_other_meaning(initial.checkpoint, config_toml, config, tokenizer)
+    targets = model.state_dict()
+    dense = {
+        layer: f"blocks.{layer}.feed_forward."
+        for layer, block in enumerate(model.blocks)
+        if block.is_moe and f"blocks.{layer}.feed_forward.down.weight" in weights
+    }
+    _refuse_other_kinds(initial, dense)
+    kept = _outside(weights, dense)
+    _refuse_other_shapes(initial.checkpoint, kept, _outside(targets, dense))
+    for name, tensor in kept.items():
+        targets[name].copy_(tensor)
+    run.say(f"starts from {initial.checkpoint}, step {state['step']}: {len(kept)} tensors as they are")
+    for layer, prefix in dense.items():
+        made = _upcycled(config, prefix, weights, targets[prefix + "router.weight"])
+        for name, tensor in made.items():
+            targets[prefix + name].copy_(tensor)
+        fresh = {name.removeprefix(prefix) for name in targets if name.startswith(prefix)} - made.keys()
+        run.say(f"  layer {layer}, dense there: upcycled {', '.join(made)}; drawn {', '.join(sorted(fresh)) or '-'}")
+
+
+def _upcycled(config: "RunConfig", prefix: str, weights: Tensors, router_ED: torch.Tensor) -> Tensors:
+    """The MoE layer's tensors that come from the dense one; what is drawn depends on the seed and the layer alone."""
+    assert config.initial is not None and config.initial.upcycle is not None and config.model.moe is not None
+    digest = hashlib.sha256(f"{config.seed} upcycle {prefix}".encode()).digest()
+    return upcycle(
+        config.initial.upcycle,
+        config.model.moe,
+        weights[prefix + "gate_up.weight"],
+        weights[prefix + "down.weight"],
+        router_ED,
+        generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1),
+    )
+
+
+def _outside(tensors: Tensors, layers: dict[int, str]) -> Tensors:
+    """The tensors of everything but those layers."""
+    prefixes = tuple(layers.values())
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+
+
+def _refuse_other_meaning(where: str, config_toml: str, config: "RunConfig", tokenizer: Tokenizer) -> None:
+    """Refuse tensors that would fit and mean something else."""
+    theirs = read_recorded(config_toml, type(config), f"{where}: config.toml")
+    heads = theirs.model.attention.num_heads
+    if heads != config.model.attention.num_heads:
+        raise Refusal(
+            f"initial.checkpoint={where}: has model.attention.num_heads={heads}, this configuration"
+            f" {config.model.attention.num_heads}; set them equal"
+        )
+    if _tokenizer_of(Path(where), theirs) != tokenizer.fingerprint:
+        raise Refusal(
+            f"initial.checkpoint={where}: was trained with another tokenizer (there {theirs.data.tokenizer}, here"
+            f" {config.data.tokenizer}), so its vocabulary means something else; use that run's data.tokenizer"
+        )
+
+
+def _tokenizer_of(path: Path, config: "RunConfig") -> str:
+    """The fingerprint that a run wrote down; of a checkpoint alone, that of the tokenizer its configuration names."""
+    for folder in (path, *path.resolve().parents[:2]):
+        try:
+            return read_json(folder, "materials.json")["tokenizer"]
+        except Damaged:
+            continue
+    return build_tokenizer(config.data.tokenizer).fingerprint
+
+
+def _refuse_other_kinds(initial: InitialSettings, dense: dict[int, str]) -> None:
+    """Refuse dense layers that nothing says how to upcycle, and a way to upcycle without such layers."""
+    if dense and initial.upcycle is None:
+        raise Refusal(
+            f"initial.checkpoint={initial.checkpoint}: is dense in layers {', '.join(map(str, dense))}, which are"
+            ' MoE here; say how they become it: initial.upcycle = { kind = "copy" }'
+        )
+    if not dense and initial.upcycle is not None:
+        raise Refusal(
+            f"initial.upcycle: no layer is dense in {initial.checkpoint} and MoE here; leave it out to start from the"
+            " weights as they are"
+        )
+
+
+def _refuse_other_shapes(where: str, theirs: Tensors, ours: Tensors) -> None:
+    """Refuse tensors that only one side has, or that differ in shape, by name."""
+    shapes = [{name: tuple(tensor.shape) for name, tensor in side.items()} for side in (theirs, ours)]
+    names = sorted(name for name in {**theirs, **ours} if shapes[0].get(name) != shapes[1].get(name))
+    lines = [f"  {n}: {shapes[0].get(n, 'missing')} there, {shapes[1].get(n, 'missing')} here" for n in names]
+    if lines:
+        more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
+        listed = "\n".join(lines[:10] + more)
+        raise Refusal(f"initial.checkpoint={where}: is of another model:\n{listed}\nmake model.* fit, or leave it out")

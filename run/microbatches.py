@@ -1,0 +1,80 @@
+"""The micro-batches of a step: counted, run through the model, and a few rows of them routed once more."""
+
+from dataclasses import replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from attention.mask import Documents
+from data.batches import Batch
+from data.rows import NO_TARGET
+from model.transformer import Transformer
+from moe.balance import Cut
+from moe.routing import RoutingStats, TokenFacts
+from moe.telemetry import RoutingMeter
+from run.start import Run
+
+WATCHED_TOKENS = 1024
+"""How many tokens are routed again at a step that is logged, where rows are not longer than that."""
+
+
+def count_tokens(microbatches: list[Batch], run: Run) -> Tensor:
+    """Target tokens and real tokens of the step, over all micro-batches and ranks: int64 (2,), each at least 1."""
+    counts = [sum(batch.num_targets for batch in microbatches), sum(batch.num_real for batch in microbatches)]
+    return run.world.sum(torch.tensor(counts, device=run.device)).clamp(min=1)
+
+
+def cut_of(microbatches: list[Batch], run: Run) -> Cut:
+    """How the ranks of the run share the rows of this step."""
+    sequence_length = microbatches[0].tokens_BT.shape[1]
+    return Cut(
+        num_rows=run.config.tokens_per_step // sequence_length,
+        rows_of_microbatches=tuple(len(batch.tokens_BT) for batch in microbatches),
+        sequence_length=sequence_length,
+        sum_over_ranks=run.world.sum,
+    )
+
+
+def forward(model: Transformer, batch: Batch, run: Run) -> tuple[Tensor, tuple[RoutingStats, ...]]:
+    """A micro-batch through the model, in the run's precision: hidden states (B, T, D), routing of each MoE layer."""
+    batch = batch.to(run.device)
+    with run.autocast():
+        return model(batch.tokens_BT, batch.positions_BT, Documents(batch.lengths), facts=_facts(batch))
+
+
+def _facts(batch: Batch) -> TokenFacts:
+    places_T = torch.arange(batch.tokens_BT.shape[1], device=batch.tokens_BT.device)
+    is_real_BT = None if batch.num_real == batch.num_tokens else batch.is_real_BT
+    return TokenFacts(batch.tokens_BT, places_T.expand_as(batch.tokens_BT), batch.keys_B, is_real_BT)
+
+
+def watch_choices(
+    routing: RoutingMeter, all_stats: tuple[RoutingStats, ...], model: Transformer, batch: Batch, run: Run
+) -> None:
+    """Let the meter tell how many choices for the first rows of `batch`, which gave `all_stats`, the step changed.
+
+    Whole rows, as some routers choose within a row: one, or more of at most 1024 tokens together, and never more than
+    half the step, so that a step of a single row is not watched.
+    """
+    length = batch.tokens_BT.shape[1]
+    rows_of_step = run.config.tokens_per_step // length
+    if all_stats and rows_of_step > 1:
+        few = first_rows(batch, max(1, min(WATCHED_TOKENS // length, rows_of_step // 4)))
+        routing.watch(all_stats, few.num_tokens, lambda: forward(model, few, run)[1])
+
+
+def first_rows(batch: Batch, num_rows: int) -> Batch:
+    """The first rows of a micro-batch, or all of them where there are no more."""
+    tensors = {name: value[:num_rows] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    num_tokens = tensors["tokens_BT"].numel()
+    return replace(
+        batch,
+        **tensors,
+        lengths=tuple(
+            length for length, end in zip(batch.lengths, accumulate(batch.lengths), strict=True) if end <= num_tokens
+        ),
+        num_targets=int((tensors["labels_BT"] != NO_TARGET).sum()),
+        num_tokens=num_tokens,
+        num_real=int(tensors["is_real_BT"].sum()),
+    )
