@@ -86,7 +86,7 @@ class _Blocked(torch.autograd.Function):
         x_ND, gates_NK, gate_up, down, *saved = ctx.saved_tensors
         plan, num_rows = Plan(*saved[:4]), ctx.ends_E[-1]
         experts, sizes = cut(ctx.ends_E, BLOCK_ROWS)
-        x, gate_up, down, grad = (t.to(ctx.dtype) for t in (x_ND, gate_up, down, grad_ND.contiguous()))
+        x, gate_up, down, grad = (t.to(ctx.dtype) for t in (x_ND, gate_up, down, grad_ND))
         gates_R = gates_NK.flatten()[plan.order_R[:num_rows]]
         grad_gates_R, dx_RD = torch.empty_like(gates_R), x.new_empty(num_rows, x.shape[1])
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)

@@ -59,7 +59,9 @@ class Experts(nn.Module):
         gate_up, down = self.gate_up.to(dtype), self.down.to(dtype)
         matmul = choose(self.matmul, x_ND.device.type, dtype, width=down.shape[1], expert_width=down.shape[2])
         plan = sort_rows(chosen_NK, len(down), max_rows)
-        return MATMULS[matmul](x_ND.to(dtype), gates_NK, gate_up, down, plan, self.recompute_up)
+        # From here on dtypes are chosen on purpose: some products of low precision are computed in fp32.
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return MATMULS[matmul](x_ND.to(dtype), gates_NK, gate_up, down, plan, self.recompute_up)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

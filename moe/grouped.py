@@ -89,13 +89,13 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, gates_NK, gate_up, down, *saved = ctx.saved_tensors
         plan, stages, num_experts = Plan(*saved[:4]), ctx.stages, len(down)
-        grad_ND = grad_ND.contiguous()  # one of stride 0, as .sum() sends it, is refused by grouped products
+        grad_ND = grad_ND.contiguous()  # it may come with a stride of 0, as .sum() sends it; kernels count on rows
         z_RJ = stages.up(x_ND, plan, gate_up) if ctx.recompute_up else saved[4]
         # One more gate, 0, for the filler rows of a padded plan.
         gates_R = F.pad(gates_NK.flatten(), (0, 1))[plan.order_R]
         dh_RF = stages.grad_hidden(grad_ND, plan, down)
         dz_RJ, weighted_h_RF, grad_gates_R = stages.activate_backward(z_RJ, dh_RF, gates_R, plan)
-        del z_RJ, dh_RF, saved  # each of these is as large as a layer's activations: none outlives its use
+        del dh_RF  # these are as large as a layer's activations: none outlives its use
         grad_down = stages.grad_down(grad_ND, weighted_h_RF, plan, num_experts)
         del weighted_h_RF
         grad_gate_up = stages.grad_gate_up(dz_RJ, x_ND, plan, num_experts)

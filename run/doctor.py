@@ -29,7 +29,8 @@ OPTIONAL = {
     "megatron-core": "a test that it reads our shards",
     "flash-attn": "no backend here uses it yet",
     "xformers": "no backend here uses it yet",
-    "megablocks": "experts = \"megablocks_grouped\" or \"megablocks_sparse\"",
+    "grouped_gemm": 'experts = "megablocks_grouped"; it needs nvcc to install',
+    "megablocks": 'experts = "megablocks_sparse"; it needs triton below 3.2',
 }
 
 

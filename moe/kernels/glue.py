@@ -93,10 +93,10 @@ def gather_sum_kernel(
     total = tl.zeros((BLOCK_D,), tl.float32)
     for k in tl.range(0, K, loop_unroll_factor=UNROLL):
         place = tl.load(places_ptr + token * K + k)
-        is_row = place < end
-        row = tl.load(rows_ptr + place * D + columns, mask=is_row & (columns < D), other=0.0).to(tl.float32)
+        width = tl.where(place < end, D, 0)  # a row of nobody has no columns
+        row = tl.load(rows_ptr + place * D + columns, mask=columns < width, other=0.0).to(tl.float32)
         if HAS_WEIGHTS:
-            row *= tl.load(weights_ptr + token * K + k, mask=is_row, other=0.0).to(tl.float32)
+            row *= tl.load(weights_ptr + token * K + k, mask=place < end, other=0.0).to(tl.float32)
         total += row
     tl.store(out_ptr + token * D + columns, total.to(out_ptr.dtype.element_ty), mask=columns < D)
 

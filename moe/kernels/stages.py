@@ -47,7 +47,8 @@ class FusedStages:
 class TritonStages:
     """Every product is our own kernel: rows are gathered on their way in, so no sorted copy of x or of dO exists.
 
-    Takes fp32, bf16 and fp16 of any size; rows of a multiple of 16 bytes are the fast ones. `grad_dtype` is that of the weights' gradients, if not the weights' own.
+    Takes fp32, bf16 and fp16 of any size, but rows of a multiple of 16 bytes are the fast ones. `grad_dtype` is that of
+    the weights' gradients, if not the weights' own.
     """
 
     def __init__(self, grad_dtype: torch.dtype | None = None) -> None:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe import blocked as room
 from moe.blocked import blocked, cut, native_dtypes, product_dtype
 from moe.dispatch import sort_rows
+from moe.experts import Experts
 
 
 def run(dtype: torch.dtype = torch.float32, recompute_up: bool = False) -> list[Tensor]:
@@ -49,6 +50,19 @@ def test_blocks_of_any_size_give_the_same(
             torch.testing.assert_close(ours, theirs, **tolerance)
 
 
+class Products(TorchDispatchMode):
+    """Notes what matrices are multiplied in."""
+
+    def __init__(self, seen: set[torch.dtype]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.seen.update(t.dtype for t in args)
+        return function(*args, **(kwargs or {}))
+
+
 def test_processors_are_asked_for_what_they_multiply_in(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_amx_fp16_supported")
     units = dict.fromkeys(names, False)
@@ -66,24 +80,26 @@ def test_processors_are_asked_for_what_they_multiply_in(monkeypatch: pytest.Monk
 
 def test_products_are_in_fp32_where_there_are_no_units_for_less(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[torch.dtype] = set()
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
-                seen.update(t.dtype for t in args)
-            return function(*args, **(kwargs or {}))
-
     monkeypatch.setattr(room, "NATIVE_DTYPES", frozenset({torch.float32, torch.float64}))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        with Watch():
+        with Products(seen):
             run(dtype)
         assert seen == {torch.float32} and product_dtype(torch.empty(1, dtype=dtype)) == torch.float32
     assert product_dtype(torch.empty(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
     seen.clear()
     monkeypatch.setattr(room, "NATIVE_DTYPES", frozenset({torch.bfloat16}))
-    with Watch():
+    with Products(seen):
         run(torch.bfloat16)
     assert seen == {torch.bfloat16}
+
+
+def test_autocast_does_not_bring_back_slow_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "NATIVE_DTYPES", frozenset({torch.float32}))
+    seen: set[torch.dtype] = set()
+    experts = Experts(2, 8, 16, "blocked")
+    with torch.autocast("cpu", torch.bfloat16), Products(seen):
+        out_ND = experts(torch.randn(6, 8), torch.tensor([[0, 1]] * 6), torch.rand(6, 2))
+    assert out_ND.dtype == torch.bfloat16 and seen == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

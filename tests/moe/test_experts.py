@@ -172,6 +172,18 @@ def test_only_tokens_and_preactivations_are_kept(way: str, recompute_up: bool) -
     assert own == ([] if recompute_up else [(rows, 2 * HIDDEN)])
 
 
+@pytest.mark.parametrize("way", ["auto", *FAST])
+def test_the_module_remembers_what_it_was_told_to(way: str) -> None:
+    x_ND, gates_NK = problem(CASES["even"]).tensors[:2]
+    kept = []
+    for recompute in ("none", "up"):
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            Experts(5, WIDTH, HIDDEN, way, recompute)(x_ND, problem(CASES["even"]).chosen_NK, gates_NK)
+        kept.append(sum(t.shape[-1:] == (2 * HIDDEN,) for t in saved))
+    assert kept == [1, 0]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_second_backward_pass_gives_the_same(way: str) -> None:
     whole = problem(CASES["prime"])

@@ -125,6 +125,18 @@ def test_gradients_of_empty_experts_are_zero_on_gpus_that_leave_them_as_they_wer
     assert not leaves_empty_groups(torch.device("cpu"))
 
 
+def test_stages_see_a_gradient_whose_rows_lie_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    grad_hidden, seen = TorchStages.grad_hidden, []
+
+    def watch(self: TorchStages, grad_ND: Tensor, plan: Plan, down: Tensor) -> Tensor:
+        seen.append(grad_ND.is_contiguous())
+        return grad_hidden(self, grad_ND, plan, down)
+
+    monkeypatch.setattr(TorchStages, "grad_hidden", watch)
+    MATMULS["grouped_mm"](*leaves(), sort_rows(table(), E), False).sum().backward()
+    assert seen == [True]
+
+
 def test_the_gathered_gradient_is_let_go() -> None:
     """It is as large as all rows: kept from one stage of the backward pass to the next, and no longer."""
     stages, plan = TorchStages(grouped_product, grouped_weight_grad), sort_rows(table(), E)
