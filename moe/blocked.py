@@ -4,8 +4,8 @@
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,14 +38,29 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.device.type != "cpu" or x.dtype in NATIVE_DTYPES else torch.float32
 
 
-def cut(ends_E: list[int], block_rows: int) -> tuple[list[int], list[int]]:
-    """Each block's expert and size: an expert's rows in blocks of nearly equal size, `block_rows` at most."""
-    experts, sizes = [], []
+class Block(NamedTuple):
+    """Rows that are taken through all steps at once: a part of one expert's, or all of several small ones'."""
+
+    experts: list[int]
+    """Whose rows these are, in order."""
+    sizes: list[int]
+    """How many there are of each."""
+    betas: list[int]
+    """1 for rows of an expert whose first ones are in an earlier block: their weight gradients add to those."""
+
+
+def cut(ends_E: list[int], block_rows: int) -> list[Block]:
+    """All rows in blocks of `block_rows` at most; an expert with more of them is cut in nearly equal parts."""
+    blocks: list[Block] = []
     for expert, (start, stop) in enumerate(itertools.pairwise([0, *ends_E])):
-        num_blocks = math.ceil((stop - start) / block_rows)
-        experts += [expert] * num_blocks
-        sizes += [(stop - start + i) // num_blocks for i in range(num_blocks)]
-    return experts, sizes
+        num_parts = math.ceil((stop - start) / block_rows)
+        for part in range(num_parts):
+            size = (stop - start + part) // num_parts
+            if not blocks or sum(blocks[-1].sizes) + size > block_rows:
+                blocks.append(Block([], [], []))
+            for values, value in zip(blocks[-1], (expert, size, int(part > 0)), strict=True):
+                values.append(value)
+    return blocks
 
 
 class _Blocked(torch.autograd.Function):
@@ -67,16 +82,16 @@ class _Blocked(torch.autograd.Function):
         recompute_up: bool,
     ) -> Tensor:
         ctx.dtype, ctx.ends_E, ctx.recompute_up = dtype, plan.offsets_E.tolist(), recompute_up
-        experts, sizes = cut(ctx.ends_E, BLOCK_ROWS)
-        num_rows = ctx.ends_E[-1]
-        x, ups_JD, downs_DF = x_ND.to(dtype), gate_up.to(dtype).unbind(), down.to(dtype).unbind()
+        blocks, num_rows = cut(ctx.ends_E, BLOCK_ROWS), ctx.ends_E[-1]
+        sizes = [sum(block.sizes) for block in blocks]
+        x, ups_DJ, downs_FD = x_ND.to(dtype), _turned(gate_up.to(dtype)), _turned(down.to(dtype))
         z_RJ = x_ND.new_empty(0 if recompute_up else num_rows, gate_up.shape[1])
         y_RD = x.new_empty(num_rows, x.shape[1])
         z_blocks = _room(z_RJ, sizes) if recompute_up else z_RJ.split(sizes)
-        blocks = zip(experts, plan.tokens_R[:num_rows].split(sizes), z_blocks, y_RD.split(sizes), strict=True)
-        for expert, tokens, z_rows, y_rows in blocks:
-            z = _multiply_up(x.index_select(0, tokens), ups_JD[expert], z_rows)
-            torch.mm(swiglu(z), downs_DF[expert].t(), out=y_rows)
+        by_row = zip(plan.tokens_R[:num_rows].split(sizes), z_blocks, y_RD.split(sizes), strict=True)
+        for block, (tokens, z_rows, y_rows) in zip(blocks, by_row, strict=True):
+            z = _multiply_up(x.index_select(0, tokens), ups_DJ, block, z_rows)
+            _multiply(swiglu(z), downs_FD, block, y_rows)
         ctx.save_for_backward(x_ND, gates_NK, gate_up, down, *plan, *(() if recompute_up else (z_RJ,)))
         return gather_sum(y_RD, plan, gates_NK).to(x_ND.dtype)
 
@@ -84,29 +99,34 @@ class _Blocked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_ND, gates_NK, gate_up, down, *saved = ctx.saved_tensors
-        plan, num_rows = Plan(*saved[:4]), ctx.ends_E[-1]
-        experts, sizes = cut(ctx.ends_E, BLOCK_ROWS)
+        plan, blocks, num_rows = Plan(*saved[:4]), cut(ctx.ends_E, BLOCK_ROWS), ctx.ends_E[-1]
+        sizes = [sum(block.sizes) for block in blocks]
         x, gate_up, down, grad = (t.to(ctx.dtype) for t in (x_ND, gate_up, down, grad_ND))
+        ups_DJ, ups_JD, downs_DF = _turned(gate_up), gate_up.unbind(), down.unbind()
+        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        grad_ups, grad_downs = grad_gate_up.unbind(), grad_down.unbind()
         gates_R = gates_NK.flatten()[plan.order_R[:num_rows]]
         grad_gates_R, dx_RD = torch.empty_like(gates_R), x.new_empty(num_rows, x.shape[1])
-        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
-        ups_JD, downs_DF, grad_ups, grad_downs = (t.unbind() for t in (gate_up, down, grad_gate_up, grad_down))
         z_blocks = _room(x_ND.new_empty(0, gate_up.shape[1]), sizes) if ctx.recompute_up else saved[4].split(sizes)
         by_row = (t.split(sizes) for t in (plan.tokens_R[:num_rows], gates_R, grad_gates_R, dx_RD))
-        before = None
-        for expert, z_rows, tokens, gates, grad_gates, dx_rows in zip(experts, z_blocks, *by_row, strict=True):
+        for block, z_rows, tokens, gates, grad_gates, dx_rows in zip(blocks, z_blocks, *by_row, strict=True):
             x_rows, grad_rows = x.index_select(0, tokens), grad.index_select(0, tokens)
-            z = _multiply_up(x_rows, ups_JD[expert], z_rows) if ctx.recompute_up else z_rows.to(ctx.dtype)
-            dz, weighted_h, grad_gates[:] = swiglu_backward(z, grad_rows.mm(downs_DF[expert]), gates)
-            torch.mm(dz, ups_JD[expert], out=dx_rows)
-            is_next = int(expert == before)  # 0 for an expert's first block: what memory held before does not count
-            grad_ups[expert].addmm_(dz.t(), x_rows, beta=is_next)
-            grad_downs[expert].addmm_(grad_rows.t(), weighted_h, beta=is_next)
-            before = expert
-        for expert in set(range(len(down))).difference(experts):
-            grad_ups[expert].zero_(), grad_downs[expert].zero_()
+            z = _multiply_up(x_rows, ups_DJ, block, z_rows) if ctx.recompute_up else z_rows.to(ctx.dtype)
+            dh = _multiply(grad_rows, downs_DF, block, x.new_empty(len(x_rows), down.shape[2]))
+            dz, weighted_h, grad_gates[:] = swiglu_backward(z, dh, gates)
+            _multiply(dz, ups_JD, block, dx_rows)
+            _add_products(dz, x_rows, block, grad_ups)
+            _add_products(grad_rows, weighted_h, block, grad_downs)
+        for expert, (start, stop) in enumerate(itertools.pairwise([0, *ctx.ends_E])):
+            if start == stop:
+                grad_ups[expert].zero_(), grad_downs[expert].zero_()
         dx_ND, grad_gate_up, grad_down = (t.to(x_ND.dtype) for t in (gather_sum(dx_RD, plan), grad_gate_up, grad_down))
         return dx_ND, gather_slots(grad_gates_R, plan), grad_gate_up, grad_down, None, None, None
+
+
+def _turned(weights_EAB: Tensor) -> tuple[Tensor, ...]:
+    """Each expert's matrix, turned: (B, A)."""
+    return weights_EAB.transpose(1, 2).unbind()
 
 
 def _room(like_RJ: Tensor, sizes: list[int]) -> Iterator[Tensor]:
@@ -114,8 +134,23 @@ def _room(like_RJ: Tensor, sizes: list[int]) -> Iterator[Tensor]:
     return (like_RJ.new_empty(size, like_RJ.shape[1]) for size in sizes)
 
 
-def _multiply_up(x_rows: Tensor, up_JD: Tensor, z_rows: Tensor) -> Tensor:
+def _multiply(rows_RA: Tensor, weights_AB: Sequence[Tensor], block: Block, out_RB: Tensor) -> Tensor:
+    """Write each row times its expert's weights to `out`."""
+    for expert, rows, out in zip(block.experts, rows_RA.split(block.sizes), out_RB.split(block.sizes), strict=True):
+        torch.mm(rows, weights_AB[expert], out=out)
+    return out_RB
+
+
+def _multiply_up(x_rows: Tensor, ups_DJ: Sequence[Tensor], block: Block, z_rows: Tensor) -> Tensor:
     """The block's pre-activations: written to `z_rows`, and returned as they read there, in the dtype of products."""
     if z_rows.dtype == x_rows.dtype:
-        return torch.mm(x_rows, up_JD.t(), out=z_rows)
-    return z_rows.copy_(x_rows.mm(up_JD.t())).to(x_rows.dtype)
+        return _multiply(x_rows, ups_DJ, block, z_rows)
+    z = _multiply(x_rows, ups_DJ, block, x_rows.new_empty(z_rows.shape))
+    return z.copy_(z_rows.copy_(z))
+
+
+def _add_products(left_RA: Tensor, right_RB: Tensor, block: Block, totals_AB: Sequence[Tensor]) -> None:
+    """Add left^T times right over each expert's rows to its total, or with beta 0 put it in its place."""
+    parts = zip(*block, left_RA.split(block.sizes), right_RB.split(block.sizes), strict=True)
+    for expert, _, beta, left, right in parts:
+        totals_AB[expert].addmm_(left.t(), right, beta=beta)

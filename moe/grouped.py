@@ -82,7 +82,11 @@ class _Grouped(torch.autograd.Function):
         z_RJ = stages.up(x_ND, plan, gate_up)
         ctx.stages, ctx.recompute_up = stages, recompute_up
         ctx.save_for_backward(x_ND, gates_NK, gate_up, down, *plan, *(() if recompute_up else (z_RJ,)))
-        return stages.combine(stages.down(stages.activate(z_RJ, plan), plan, down), gates_NK, plan)
+        h_RF = stages.activate(z_RJ, plan)
+        del z_RJ  # these are as large as a layer's activations: none outlives its use
+        y_RD = stages.down(h_RF, plan, down)
+        del h_RF
+        return stages.combine(y_RD, gates_NK, plan)
 
     @staticmethod
     @once_differentiable
@@ -95,7 +99,7 @@ class _Grouped(torch.autograd.Function):
         gates_R = F.pad(gates_NK.flatten(), (0, 1))[plan.order_R]
         dh_RF = stages.grad_hidden(grad_ND, plan, down)
         dz_RJ, weighted_h_RF, grad_gates_R = stages.activate_backward(z_RJ, dh_RF, gates_R, plan)
-        del dh_RF  # these are as large as a layer's activations: none outlives its use
+        del dh_RF
         grad_down = stages.grad_down(grad_ND, weighted_h_RF, plan, num_experts)
         del weighted_h_RF
         grad_gate_up = stages.grad_gate_up(dz_RJ, x_ND, plan, num_experts)

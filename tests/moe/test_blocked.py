@@ -1,6 +1,7 @@
 """The CPU path: blocks of any size, and fp32 products where the processor has no units for less."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -26,15 +27,20 @@ def run(dtype: torch.dtype = torch.float32, recompute_up: bool = False) -> list[
     return [out.detach(), *torch.autograd.grad(out, (x, gates_NK, gate_up, down), torch.randn(80, 16).to(dtype))]
 
 
-def test_blocks_cover_each_expert_s_rows_and_are_of_nearly_equal_size() -> None:
-    for ends_E in ([3, 3, 20, 47], [0], [0, 0, 9], [64], [1, 2, 3]):
+def test_blocks_hold_all_rows_in_order_and_as_many_as_they_may() -> None:
+    for ends_E in ([3, 3, 20, 47], [0], [0, 0, 9], [64], [1, 2, 3], [5, 9, 30, 31, 32, 40]):
         for block_rows in (1, 2, 7, 16, 100):
-            experts, sizes = cut(ends_E, block_rows)
-            assert experts == sorted(experts) and all(0 < size <= block_rows for size in sizes)
+            blocks = cut(ends_E, block_rows)
+            assert all(0 < sum(block.sizes) <= block_rows for block in blocks)
+            parts = [part for block in blocks for part in zip(*block, strict=True)]
+            assert [expert for expert, *_ in parts] == sorted(expert for expert, *_ in parts)
             for expert, (start, stop) in enumerate(itertools.pairwise([0, *ends_E])):
-                own = [size for size, owner in zip(sizes, experts, strict=True) if owner == expert]
+                own = [size for owner, size, _ in parts if owner == expert]
                 assert sum(own) == stop - start and len(own) == -(-sum(own) // block_rows)
                 assert not own or max(own) - min(own) <= 1
+                assert [beta for owner, _, beta in parts if owner == expert] == [0, *[1] * (len(own) - 1)][: len(own)]
+            for block, after in itertools.pairwise(blocks):  # what would fit together is together
+                assert after.betas[0] or sum(block.sizes) + after.sizes[0] > block_rows
 
 
 @pytest.mark.parametrize("recompute_up", [False, True])
@@ -43,7 +49,7 @@ def test_blocks_of_any_size_give_the_same(
     dtype: torch.dtype, recompute_up: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(dtype)
-    for rows in (1, 7, 17):
+    for rows in (1, 7, 17, 50):
         monkeypatch.setattr(room, "BLOCK_ROWS", rows)
         tolerance = {"rtol": 2**-7, "atol": 2**-6} if dtype == torch.bfloat16 else {}
         for ours, theirs in zip(run(dtype, recompute_up), whole, strict=True):
@@ -107,8 +113,8 @@ def test_what_is_kept_is_what_was_computed_with(dtype: torch.dtype, monkeypatch:
     """The forward pass goes on from the values of z that the backward pass finds."""
     multiply_up, seen = room._multiply_up, []
 
-    def watch(x_rows: Tensor, up_JD: Tensor, kept: Tensor) -> Tensor:
-        z = multiply_up(x_rows, up_JD, kept)
+    def watch(x_rows: Tensor, ups_DJ: Sequence[Tensor], block: room.Block, kept: Tensor) -> Tensor:
+        z = multiply_up(x_rows, ups_DJ, block, kept)
         seen.append((z.clone(), kept))
         return z
 
