@@ -25,7 +25,7 @@ from run.checkpoint import read_checkpoint
 from run.config import RunConfig
 from run.identity import read_recorded
 from run.start import choose_device, choose_dtype, refusing
-from settings import Refusal, Section, to_dict, validate
+from settings import Refusal, Section, apply_override, to_dict, validate
 
 
 class RotaryChoice(Section):
@@ -49,7 +49,7 @@ class Loaded:
 
 def main(arguments: argparse.Namespace) -> None:
     """Ask what the checkpoint's own configuration asks, changed by the command line; print, and write with --out."""
-    loaded = load_checkpoint(arguments.checkpoint, arguments.device)
+    loaded = load_checkpoint(arguments.checkpoint, arguments.device, arguments.at_eval)
     if arguments.rotary is not None:
         loaded.model.use_rotary(read_rotary(arguments.rotary))
     settings = choose(loaded, arguments.tasks, arguments.lengths)
@@ -62,10 +62,17 @@ def main(arguments: argparse.Namespace) -> None:
         write(arguments.out, cells, grids, loaded)
 
 
-def load_checkpoint(path: Path, device_name: str) -> Loaded:
-    """The model of a checkpoint, and the held-out text of the run that made it. Raises Refusal."""
+def load_checkpoint(path: Path, device_name: str, at_eval: str | None = None) -> Loaded:
+    """The model of a checkpoint, and the held-out text of the run that made it. Raises Refusal.
+
+    at_eval: what an expert-choice router does here, in place of what its configuration says.
+    """
     state, config_toml, weights = read_checkpoint(path)
     config = read_recorded(config_toml, RunConfig, f"{path}: config.toml")
+    if at_eval is not None:
+        table = to_dict(config)
+        apply_override(table, f"model.moe.router.at_eval={at_eval}")
+        config = validate(table, RunConfig, "--at-eval")
     device = choose_device(device_name)
     dtype = choose_dtype(config.precision, device)
     batches = Batches(config.data, seed=config.seed)
@@ -145,6 +152,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", type=_names, help=f"comma-separated, of: {', '.join(TASKS)}")
     parser.add_argument("--lengths", type=_numbers, help="comma-separated lengths in tokens")
     parser.add_argument("--rotary", help="another rotation for the same weights: '{ kind = \"yarn\", ... }'")
+    parser.add_argument("--at-eval", choices=("token_choice",), help="how an expert-choice router routes here")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", type=Path, metavar="DIR", help="where evals.jsonl and needle.png are written")
     return parser.parse_args(words)

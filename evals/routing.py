@@ -95,7 +95,7 @@ def _choices(model: nn.Module, materials: Materials, rows: Rows) -> list[Tensor]
 
 def describe_load(counts_E: np.ndarray) -> tuple[float, dict[str, float]]:
     """(normalised entropy, extra fields) of the rows that each expert was given."""
-    load_E = counts_E / counts_E.sum()
+    load_E = counts_E / max(counts_E.sum(), 1)
     busy = load_E[load_E > 0]
     num_experts = len(load_E)
     entropy = float(-(busy * np.log(busy)).sum() / np.log(num_experts)) if num_experts > 1 else 1.0

@@ -45,7 +45,6 @@ class ModelSettings(Section):
             raise ValueError(
                 f"num_dense_layers={self.num_dense_layers} must lie within 0 and num_layers={self.num_layers}"
             )
-        channels_per_head(self.attention, self.width)
         if self.num_dense_layers and self.moe is None:
             raise ValueError(f"num_dense_layers={self.num_dense_layers} means nothing without moe: leave it out")
         if "dense" in map(self.feed_forward_kind, range(self.num_layers)) and self.feed_forward_width is None:

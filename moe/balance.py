@@ -35,13 +35,16 @@ class LossBalanceSettings(Section):
 
 
 class BiasBalanceSettings(Section):
-    """A selection bias moved against the load after each step, without a gradient (Wang et al. 2024, algorithm 1)."""
+    """A selection bias moved against the load after each step, without a gradient (Wang et al. 2024, algorithm 1).
+
+    The mean of all moves is subtracted, which changes no choice and keeps the biases from drifting.
+    """
 
     kind: Literal["bias"] = "bias"
     rule: Literal["sign", "proportional"] = "sign"
     """Whether a bias moves by the sign of its expert's deviation from the mean load, or by the relative deviation."""
     step: float = Field(default=1e-3, gt=0)
-    """How far a bias moves in one optimizer step."""
+    """How far a bias moves in one optimizer step, before the mean of all moves is subtracted."""
 
 
 BalanceSettings = Annotated[LossBalanceSettings | BiasBalanceSettings, Field(discriminator="kind")]
@@ -110,7 +113,8 @@ def load_balance_loss(
     counts_BE: for each of B equal pieces of these tokens, how often its group wanted each expert; share is count over
     the sum of counts. num_tokens: the real tokens of the whole step. Given both, the loss is linear in the tokens, so
     it may be summed over micro-batches and ranks. Left out: these tokens are one group and the whole step.
-    Shares sum to 1, so this is 1/K of Hugging Face's `load_balancing_loss_func`.
+    Shares sum to 1, so this is 1/K of Hugging Face's `load_balancing_loss_func`. With a selection bias the biased
+    choice is counted, as it is what the experts get; DeepSeek-V3 counts the K best without it.
     Source: Switch Transformer, equations 4 to 6; in each row, DeepSeek-V3, equations 17 to 20.
     """
     counts_BE = stats.selected_E[None] if counts_BE is None else counts_BE
@@ -262,7 +266,7 @@ def balance_objective(all_stats: Sequence[RoutingStats], settings: Coefficients,
 
 
 def bias_update(bias_E: Tensor, counts_E: Tensor, step: float, rule: str = "sign") -> Tensor:
-    """The next selection bias: up for experts below the mean load, down for those above; the moves have mean 0.
+    """The next selection bias: up for experts below the mean load, down for those above, less the mean of these moves.
 
     counts_E: how often each was wanted in the whole optimizer step, each token once. rule: "sign" moves by `step`,
     "proportional" by `step` times the deviation over the mean. Returns a new (E,) tensor.

@@ -18,16 +18,16 @@ class CapacitySettings(Section):
     """
 
     factor: float = Field(gt=0)
-    """1.0 is an even share: T*K/E slots of a row of T tokens, rounded up."""
+    """1.0 is an even share of the real experts, null ones not counted: T*K/E slots of a row of T tokens, rounded up."""
     drop: Literal["probability", "position"] = "probability"
     """Who goes first: the highest gate, whatever its place, so that a later token can displace an earlier one; or the
     earliest token, which is causal."""
 
 
 def slots_per_expert(factor: float, length: int, experts_per_token: int, num_experts: int) -> int:
-    """How many slots of a row of `length` tokens an expert serves: ceil(factor * T * K / E)."""
-    # The decimal as it was written: 1.1 of 100 is 110, but not in binary.
-    return math.ceil(Fraction(str(factor)) * length * experts_per_token / num_experts)
+    """How many slots of a row of `length` tokens an expert serves: ceil(factor * T * K / E), T at most."""
+    # The decimal as it was written: 1.1 of 50 is 55, but not in binary.
+    return min(length, math.ceil(Fraction(str(factor)) * length * experts_per_token / num_experts))
 
 
 def drop_excess(

@@ -162,7 +162,8 @@ class ExpertChoice:
 
 NO_EVALUATION = (
     'model.moe.router.at_eval="refuse": expert choice looks at later tokens, which no evaluation or generation may;'
-    ' set model.moe.router.at_eval="token_choice" to give each token its own best experts there, or leave evals out'
+    ' set model.moe.router.at_eval="token_choice" (python -m evals: --at-eval token_choice) to give each token its own'
+    " best experts there, or ask for none with evals.tasks=[]"
 )
 
 

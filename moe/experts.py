@@ -111,7 +111,7 @@ def choose(name: str, device: str, dtype: torch.dtype, width: int, expert_width:
         return "grouped_mm" if device != "cpu" and fits else "blocked"
     reason = unavailable(name, device, dtype, width, expert_width)
     if reason is not None:
-        raise Refusal(f'experts="{name}": {reason}; use experts = "auto"')
+        raise Refusal(f'model.moe.experts="{name}": {reason}; use model.moe.experts="auto"')
     return name
 
 

@@ -57,7 +57,8 @@ class MoESettings(Section):
                 f"experts_per_token={self.experts_per_token} must be at most num_experts={self.num_experts}"
             )
         normalizes = not isinstance(self.router, ExpertChoiceSettings) and self.router.normalize
-        if self.experts_per_token == 1 and self.num_experts > 1 and normalizes:
+        candidates = self.num_experts + (self.null_experts.count if self.null_experts else 0)
+        if self.experts_per_token == 1 and candidates > 1 and normalizes:
             raise ValueError(
                 "experts_per_token=1 with router.normalize=true makes every gate 1, so the router learns nothing"
                 " from the loss; set router.normalize=false"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from moe.capacity import CapacitySettings, drop_excess
@@ -57,6 +57,8 @@ RouterSettings = Annotated[
     | HashSettings
     | UniformSettings,
     Field(discriminator="kind"),
+    # The default's keys can be set without naming it: `model.moe.router.normalize=false`.
+    BeforeValidator(lambda given: {"kind": "softmax", **given} if isinstance(given, dict) else given),
 ]
 
 

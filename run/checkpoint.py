@@ -237,7 +237,7 @@ def _newest_good(
     if reasons:
         raise Refusal(
             f"{folder}: none of the {len(reasons)} checkpoints is good:\n" + "\n".join(reasons) + "\n"
-            "Put a good copy back, or start anew with --fresh"
+            "Put a good copy back; a run of its own starts anew with --fresh"
         )
     return None
 

@@ -12,6 +12,8 @@ from settings import AnySection, Refusal, Section, Table, differences, validate
 
 MAY_CHANGE = ("name", "device", "log", "checkpoint", "profile", "threads", "parallel")
 """The keys under which a run may continue with other values; its folder may be renamed and copied."""
+MAY_CHANGE_INSIDE = ("model.moe.router.at_eval",)
+"""Keys further down that no trained number depends on."""
 
 
 def different(recorded_toml: str, config: Section) -> list[str]:
@@ -25,7 +27,8 @@ def different(recorded_toml: str, config: Section) -> list[str]:
 def changed(before: Section, now: Section) -> list[str]:
     """One line for each key, `MAY_CHANGE` left out, whose value differs: `optimizer.learning_rate: 0.003 -> 0.001`."""
     free = {key: getattr(now, key) for key in MAY_CHANGE if key in type(now).model_fields}
-    return differences(before.model_copy(update=free), now)
+    lines = differences(before.model_copy(update=free), now)
+    return [line for line in lines if line.partition(":")[0] not in MAY_CHANGE_INSIDE]
 
 
 def read_recorded(text: str, root: type[AnySection], where: str) -> AnySection:

@@ -13,7 +13,7 @@ from moe.upcycle import UpcycleSettings, upcycle
 from run.checkpoint import read_checkpoint
 from run.identity import read_recorded
 from run.sealed import Damaged, Tensors, read_json
-from settings import Refusal, Section
+from settings import Refusal, Section, differences
 
 if TYPE_CHECKING:
     from run.config import RunConfig
@@ -39,8 +39,11 @@ def first_weights(run: "Run", model: Transformer, tokenizer: Tokenizer) -> None:
     initialize(model, config.seed, run.device)
     if initial is None or any((run.folder / "checkpoints").glob("step_*")):
         return
-    state, config_toml, weights = read_checkpoint(initial.checkpoint, run.say)
-    _refuse_other_meaning(initial.checkpoint, config_toml, config, tokenizer)
+    try:
+        state, config_toml, weights = read_checkpoint(initial.checkpoint, run.say)
+    except Refusal as refusal:
+        raise Refusal(f"initial.checkpoint={initial.checkpoint}: {refusal}") from None
+    notes = _refuse_other_meaning(initial.checkpoint, config_toml, config, tokenizer)
     targets = model.state_dict()
     dense = {
         layer: f"blocks.{layer}.feed_forward."
@@ -50,11 +53,16 @@ def first_weights(run: "Run", model: Transformer, tokenizer: Tokenizer) -> None:
     _refuse_other_kinds(initial, dense)
     kept = _outside(weights, dense)
     _refuse_other_shapes(initial.checkpoint, kept, _outside(targets, dense))
+    all_made = {
+        layer: _upcycled(config, prefix, weights, targets[prefix + "router.weight"]) for layer, prefix in dense.items()
+    }
     for name, tensor in kept.items():
         targets[name].copy_(tensor)
     run.say(f"starts from {initial.checkpoint}, step {state['step']}: {len(kept)} tensors as they are")
+    for note in notes:
+        run.say(f"  otherwise than there: {note}")
     for layer, prefix in dense.items():
-        made = _upcycled(config, prefix, weights, targets[prefix + "router.weight"])
+        made = all_made[layer]
         for name, tensor in made.items():
             targets[prefix + name].copy_(tensor)
         fresh = {name.removeprefix(prefix) for name in targets if name.startswith(prefix)} - made.keys()
@@ -81,8 +89,8 @@ def _outside(tensors: Tensors, layers: dict[int, str]) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
 
 
-def _refuse_other_meaning(where: str, config_toml: str, config: "RunConfig", tokenizer: Tokenizer) -> None:
-    """Refuse tensors that would fit and mean something else."""
+def _refuse_other_meaning(where: str, config_toml: str, config: "RunConfig", tokenizer: Tokenizer) -> list[str]:
+    """Refuse tensors that would fit and mean something else; returns what is only used in another way, a line each."""
     theirs = read_recorded(config_toml, type(config), f"{where}: config.toml")
     heads = theirs.model.attention.num_heads
     if heads != config.model.attention.num_heads:
@@ -95,6 +103,9 @@ def _refuse_other_meaning(where: str, config_toml: str, config: "RunConfig", tok
             f"initial.checkpoint={where}: was trained with another tokenizer (there {theirs.data.tokenizer}, here"
             f" {config.data.tokenizer}), so its vocabulary means something else; use that run's data.tokenizer"
         )
+    if (theirs.model.moe is None) != (config.model.moe is None):
+        return []
+    return [f"model.{line}" for line in differences(theirs.model, config.model)]
 
 
 def _tokenizer_of(path: Path, config: "RunConfig") -> str:

@@ -45,6 +45,7 @@ def test_balance_is_one():
     score, extra = describe_load(np.array([7, 7, 7]))
     assert score == pytest.approx(1) and extra["max_violation"] == pytest.approx(0) and extra["dead_experts"] == 0
     assert describe_load(np.array([9]))[0] == 1
+    assert describe_load(np.zeros(4, dtype=int))[1]["dead_experts"] == 4  # all rows went to null experts
 
 
 def test_what_does_not_fit_is_refused(materials):

@@ -98,7 +98,7 @@ def test_equal_gates_are_served_by_position():
 
 
 def test_room_is_the_share_as_written_rounded_up():
-    assert slots_per_expert(1.1, 100, 8, 8) == 110, "not 111, which binary fractions give"
+    assert slots_per_expert(1.1, 100, 4, 8) == 55, "not 56, which binary fractions give"
     assert slots_per_expert(1.0, 7, 2, 4) == 4
     assert slots_per_expert(0.01, 4, 1, 8) == 1
     for factor in (0.3, 1.25, 2.0):
@@ -110,3 +110,7 @@ def test_room_is_the_share_as_written_rounded_up():
 def test_no_tokens():
     empty = torch.zeros(0, 2, dtype=torch.int64)
     assert drop_excess(empty, torch.zeros(0, 2), 0, 4, CapacitySettings(factor=1.0)).shape == (0, 2)
+
+
+def test_an_expert_serves_at_most_the_whole_row():
+    assert slots_per_expert(1e18, 128, 2, 8) == slots_per_expert(1e300, 128, 2, 8) == 128

@@ -257,7 +257,7 @@ def test_fp64_and_odd_sizes_run_on_auto_and_are_refused_by_name() -> None:
             experts.matmul = way
             torch.testing.assert_close(experts(x_ND, chosen_NK, gates_NK), expected)
         experts.matmul = "grouped_mm"
-        with pytest.raises(Refusal, match=r'experts="grouped_mm": .*use experts = "auto"'):
+        with pytest.raises(Refusal, match=r'model.moe.experts="grouped_mm": .*use model.moe.experts="auto"'):
             experts(x_ND, chosen_NK, gates_NK)
 
 

@@ -13,6 +13,7 @@ def test_impossible_settings_are_refused_by_name():
         ({"experts_per_token": 9}, r"experts_per_token=9 .* num_experts=8"),
         ({"experts_per_token": 1}, r"router\.normalize=false"),
         ({"experts_per_token": 1, "router": {"kind": "random"}}, r"router\.normalize=false"),
+        ({"experts_per_token": 1, "num_experts": 1, "null_experts": {"count": 8}}, r"router\.normalize=false"),
         ({"shared_gate": True}, r"num_shared_experts=1"),
         ({"router": {"kind": "expert_choice"}, "capacity": {"factor": 1.0}}, r'capacity .*"expert_choice"'),
         ({"router": {"kind": "uniform"}, "capacity": {"factor": 1.0}}, r'capacity .*"uniform"'),
@@ -43,3 +44,8 @@ def test_a_bias_exists_where_a_rule_moves_it():
         for kind in SCORES:
             layer = MoE(MoESettings(**PLAIN, router={"kind": kind}, balance=balance), 16)
             assert ("router.bias_E" in layer.state_dict()) == has_bias
+
+
+def test_keys_of_the_default_router_can_be_set_without_naming_it():
+    settings = MoESettings(**{**PLAIN, "experts_per_token": 1, "router": {"normalize": False}})
+    assert settings.router.kind == "softmax" and not settings.router.normalize

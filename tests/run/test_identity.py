@@ -257,3 +257,11 @@ def test_a_checkpoint_of_an_older_version_is_restored(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=r"step_00000002: .*added: unknown key \(value 0\.5\)"):
         (tmp_path / "checkpoints/step_00000001").rename(tmp_path / "older")
         opened(Older())[0].restore_latest()
+
+
+def test_what_no_trained_number_depends_on_may_change_inside():
+    old = WRITTEN.replace('router = { kind = "sigmoid" }, BALANCE', 'router = { kind = "expert_choice" }, balance = []')
+    config = read_recorded(old, RunConfig, "config.toml")
+    token_choice = old.replace('"expert_choice"', '"expert_choice", at_eval = "token_choice"')
+    assert different(token_choice, config) == []
+    assert different(old.replace('"expert_choice"', '"expert_choice", scale = 2.0'), config) != []
