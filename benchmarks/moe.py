@@ -141,7 +141,7 @@ def matmul_rate(dtype: torch.dtype, device: str) -> float:
     """The most floating-point operations a second of a large product here."""
     size = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    return 2 * size**3 / min(_seconds(lambda: a @ b, device) for _ in range(5))
+    return 2 * size**3 / min(_seconds(lambda: a @ b, device) for _ in range(20))
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
@@ -171,13 +171,15 @@ def measure(task: Task, rounds: int, budget: float) -> list[Row]:
 def _row(entry: Entry, task: Task) -> Row:
     if not entry.milliseconds:
         return {"layer": entry.name, **entry.facts, "note": "not measured: the time was up"}
-    typical = statistics.median(entry.milliseconds) if task.is_cuda else min(entry.milliseconds)
-    return {"layer": entry.name, "milliseconds": round(typical, 2), "rounds": len(entry.milliseconds), **entry.facts}
+    median, fastest = statistics.median(entry.milliseconds), min(entry.milliseconds)
+    times = {"milliseconds": round(median if task.is_cuda else fastest, 2), "median": round(median, 2)}
+    return {"layer": entry.name, **times, "rounds": len(entry.milliseconds), **entry.facts}
 
 
 def compare(shape: Shape, dtype: torch.dtype, device: str, arguments: argparse.Namespace) -> list[Row]:
     """All rows of one shape, with the floor, and with how much faster our own choice is than each of the others."""
     task = make_task(shape, dtype, device, arguments.deadline)
+    # On a CPU without units for bf16 the floor is that of fp32, which is what can be reached.
     floor = shape.flops / matmul_rate(torch.float32 if device == "cpu" else dtype, device) * 1e3
     rows = measure(task, arguments.rounds, arguments.budget)
     best = next((row["milliseconds"] for row in rows if row["layer"] == OUR_BEST and "milliseconds" in row), None)
@@ -190,7 +192,16 @@ def compare(shape: Shape, dtype: torch.dtype, device: str, arguments: argparse.N
 
 
 def show(rows: list[Row]) -> None:
-    columns = ("milliseconds", "of_floor", "ours_is_faster", "error", "saved_mebibytes", "peak_mebibytes", "note")
+    columns = (
+        "milliseconds",
+        "median",
+        "of_floor",
+        "ours_is_faster",
+        "error",
+        "saved_mebibytes",
+        "peak_mebibytes",
+        "note",
+    )
     first = rows[0]
     table = Table(
         "layer", *columns, title=f"{first['shape']}, {first['dtype']}: floor {first['floor_milliseconds']} ms"
