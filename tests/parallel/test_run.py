@@ -6,7 +6,6 @@ import random
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +96,8 @@ def test_what_they_saved_goes_on_in_one_process(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.distributed
 def test_one_process_asks_what_they_saved() -> None:
-    arguments = Namespace(
-        checkpoint=Path("runs/two"), device="cpu", tasks=["needle"], lengths=None, rotary=None, out=Path("asked")
-    )
     torch.manual_seed(0)
-    asking.main(arguments)
+    asking.main(asking.parse_arguments(["runs/two", "--tasks", "needle", "--device", "cpu", "--out", "asked"]))
     answers = [json.loads(line) for line in Path("asked/evals.jsonl").read_text().splitlines()]
     expected = [row for row in rows("two", "evals.jsonl") if row["task"] == "needle" and row["step"] == 12]
     assert [row["score"] for row in answers] == pytest.approx([row["score"] for row in expected], rel=1e-4)
