@@ -19,12 +19,14 @@ from optim.groups import Optimizer, build_optimizer
 from parallel.apply import prepare_layers
 from parallel.experts import expert_mesh, shard_experts
 from parallel.replicate import norm_over_ranks, sum_gradients
+from parallel.sequence import split_attention
 from run.checkpoint import Checkpoints
 from run.config import RunConfig, load_config, rate_of_step, rows_of_step, show
 from run.initial import first_weights
-from run.microbatches import count_tokens, cut_of, forward, watch_choices
+from run.microbatches import count_tokens, cut_of, forward, split, tell_plan, watch_choices
 from run.record import Progress, Recorder, StepReport
 from run.start import Run, refusing, start
+from run.trial import try_layers
 
 
 def main(config: RunConfig, *, fresh: bool = False) -> None:
@@ -34,16 +36,18 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     mesh = expert_mesh(config.parallel, run.world, run.device)
     stages = Stages(config.context.stages, config.tokens_per_step)
     with run.world.main_first():
-        batches = Batches(config.data, seed=config.seed, rank=run.world.rank, world_size=run.world.size)
+        batches = Batches(config.data, seed=config.seed, rank=run.groups.rank, world_size=run.groups.size)
     for stage in stages:
         batches.check(stage.sequence_length, stage.mixture)
-        rows_of_step(config, stage.sequence_length, run.world.size)
+        rows_of_step(config, stage.sequence_length, run.groups.size)
     materials = Materials(batches.tokenizer, batches.all_held_out(), run.device, run.autocast)
     check_suite(config.evals, materials)
+    tell_plan(batches, stages, run)
     model = build_model(config.model, batches.tokenizer.vocab_size)
     first_weights(run, model, batches.tokenizer)
     shard_experts(model, mesh)
-    try_forward(model, stages.at(0), run)
+    split_attention(model, run.row_group)
+    try_layers(model, stages.at(0), run)
     prepare_layers(model, compile=config.compile, recompute=config.recompute)
     optimizer = build_optimizer(model, config.optimizer)
     run.open_folder(batches.fingerprint, count(config.model, batches.tokenizer.vocab_size))
@@ -54,7 +58,7 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     report = None
     while progress.tokens < config.total_tokens and not run.should_stop():
         stage, start_tokens = stages.at(progress.tokens), progress.tokens
-        microbatches = take_step(batches, stage, stages.first_sample(start_tokens), config)
+        microbatches = split(take_step(batches, stage, stages.first_sample(start_tokens), config), run)
         progress = Progress(progress.step + 1, start_tokens + config.tokens_per_step)
         model.use_rotary(stage.rotary)
         optimizer.set_learning_rate(rate_of_step(config, stage, progress.tokens))
@@ -72,15 +76,8 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     run.finish()
 
 
-def try_forward(model: Transformer, stage: Stage, run: Run) -> None:
-    """One forward pass of one token: what no backend can do is refused before the run's folder exists."""
-    model.use_rotary(stage.rotary)
-    with torch.no_grad(), run.autocast():
-        model(torch.zeros(1, 1, dtype=torch.int64, device=run.device))
-
-
 def take_step(batches: Batches, stage: Stage, first_sample: int, config: RunConfig) -> list[Batch]:
-    """This rank's micro-batches of the step that begins at the stage's sample `first_sample`."""
+    """Micro-batches of whole rows for this rank's group: the step that begins at the stage's sample `first_sample`."""
     num_samples = config.tokens_per_step // stage.sequence_length
     rows = rows_of_step(config, stage.sequence_length, batches.world_size)
     return batches.take(stage.index, stage.sequence_length, stage.mixture, first_sample, num_samples, rows)

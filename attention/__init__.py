@@ -1,1 +1,1 @@
-"""Attention: what may be seen (mask), how it is computed (core, backends), and the module that owns weights."""
+"""Attention: what may be seen (mask), how it is computed (contract, core, backends), one function, and the layers."""

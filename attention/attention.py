@@ -1,18 +1,30 @@
 """Attention: projections, head norms, rotation, core, output."""
 
-from collections.abc import Callable
-from typing import Literal, Self
+from typing import Annotated, Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 
-from attention.cache import LayerCache
-from attention.contract import Backend, Needs
-from attention.core import choose
+from attention.attend import Kept
+from attention.attending import Attending
+from attention.cache import LayerCache, Room
+from attention.contract import Needs
+from attention.core import BACKENDS
 from attention.mask import Mask
-from settings import Refusal, Section
+from attention.temperature import TemperatureSettings, scaled
+from settings import Refusal, Section, nearest
+
+
+def _known(name: str) -> str:
+    if name not in {"auto", *BACKENDS}:
+        raise ValueError(f"unknown backend{nearest(name, ['auto', *BACKENDS])}")
+    return name
+
+
+BackendName = Annotated[str, AfterValidator(_known)]
+"""What a configuration may say: "auto", or one of the table."""
 
 
 class AttentionSettings(Section):
@@ -27,7 +39,17 @@ class AttentionSettings(Section):
     """Tokens that a layer of pattern "window" sees back, itself included."""
     head_norms: bool = False
     """RMS norm of each query and key head, before the rotation."""
-    backend: Literal["auto", "reference", "sdpa"] = "auto"
+    sink: bool = False
+    """A learned score for each head that joins every softmax and holds no value, so that a head may look at nothing
+    (gpt-oss)."""
+    softcap: float | None = Field(default=None, gt=0)
+    """Scores become softcap * tanh(scores / softcap) (Gemma 2, section 2); left out, they stay."""
+    scale: float | None = Field(default=None, gt=0)
+    """Multiplies the scores; left out: 1 / sqrt(channels)."""
+    temperature: TemperatureSettings | None = None
+    """Queries that grow with their position; left out, they do not."""
+    backend: BackendName = "auto"
+    """How it is computed: "auto", or a name that `python -m run doctor` lists."""
     norm_epsilon: float = Field(default=1e-6, gt=0)
 
     @model_validator(mode="after")
@@ -38,6 +60,10 @@ class AttentionSettings(Section):
             choices = " or ".join(str(g) for g in sorted(near))
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}; try {choices}")
         return self
+
+    def rotary_channels(self, width: int) -> int:
+        """How many channels of a head a rotation turns."""
+        return channels_per_head(self, width)
 
 
 def channels_per_head(settings: AttentionSettings, width: int) -> int:
@@ -64,14 +90,27 @@ class HeadNorm(nn.Module):
         return F.rms_norm(x_BTHC.to(dtype), self.weight.shape, self.weight.to(dtype), self.epsilon).to(x_BTHC.dtype)
 
 
-class Attention(nn.Module):
-    """x -> output(softmax(q k^T / sqrt(C)) v), its window fixed when it is built."""
+class Rotation(Protocol):
+    """Turns heads by the positions of their tokens."""
 
-    def __init__(self, settings: AttentionSettings, width: int, *, window: int | None) -> None:
+    positions_BT: Tensor
+
+    def __call__(self, x_BTHC: Tensor, /) -> Tensor: ...
+
+
+class Attention(nn.Module):
+    """x -> output(softmax(q k^T / sqrt(C)) v), its window fixed when it is built.
+
+    `attend` computes softmax attention of heads; what puts another in its place (ranks that hold a row together) keeps
+    its call. A window of None: all is seen. has_rotary=False: nothing is rotated (NoPE; Kazemnejad et al. 2023).
+    """
+
+    def __init__(self, settings: AttentionSettings, width: int, *, window: int | None, has_rotary: bool = True) -> None:
         super().__init__()
         H, G, C = settings.num_heads, settings.num_kv_heads, channels_per_head(settings, width)
         self.channels = C
         self.window = window
+        self.has_rotary = has_rotary
         self.query = nn.Linear(width, H * C, bias=False)
         self.key = nn.Linear(width, G * C, bias=False)
         self.value = nn.Linear(width, G * C, bias=False)
@@ -79,28 +118,47 @@ class Attention(nn.Module):
         has_norms = settings.head_norms
         self.query_norm = HeadNorm(C, settings.norm_epsilon) if has_norms else nn.Identity()
         self.key_norm = HeadNorm(C, settings.norm_epsilon) if has_norms else nn.Identity()
-        self.backend_name = settings.backend
-        self._backends: dict[tuple[str, torch.dtype], Backend] = {}
+        self.sink_H = nn.Parameter(torch.zeros(H)) if settings.sink else None
+        self.temperature = settings.temperature
+        if settings.temperature is not None and settings.temperature.where == "unrotated" and has_rotary:
+            self.temperature = None
+        self.attend = Attending(settings.backend, scale=settings.scale, softcap=settings.softcap or 0.0)
 
     def forward(
-        self, x_BTD: Tensor, rotation: Callable[[Tensor], Tensor], mask: Mask, cache: LayerCache | None = None
+        self,
+        x_BTD: Tensor,
+        rotation: Rotation,
+        mask: Mask,
+        cache: LayerCache | None = None,
+        kept: Kept | None = None,
     ) -> Tensor:
         """(B, T, D) to (B, T, D). With a cache the T tokens are the last ones, and see all that it holds."""
         q_BTHC, k_BSGC, v_BSGC = (
             projection(x_BTD).unflatten(-1, (-1, self.channels)) for projection in (self.query, self.key, self.value)
         )
-        q_BTHC = rotation(self.query_norm(q_BTHC))
-        k_BSGC = rotation(self.key_norm(k_BSGC))
+        q_BTHC, k_BSGC = self.query_norm(q_BTHC), self.key_norm(k_BSGC)
+        if self.has_rotary:
+            q_BTHC, k_BSGC = rotation(q_BTHC), rotation(k_BSGC)
+        if self.temperature is not None:
+            q_BTHC = scaled(self.temperature, q_BTHC, rotation.positions_BT)
         if cache is not None:
             k_BSGC, v_BSGC = cache.append(k_BSGC, v_BSGC)
-        out_BTHC, _ = self.backend(v_BSGC)(q_BTHC, k_BSGC, v_BSGC, mask.within(self.window))
+        out_BTHC = self.attend(q_BTHC, k_BSGC, v_BSGC, mask.within(self.window), sink_H=self.sink_H, kept=kept)
         return self.output(out_BTHC.flatten(-2))
 
-    def backend(self, like: Tensor) -> Backend:
-        """The backend for tensors like this one: chosen the first time a device and dtype are met, then kept."""
-        key = (like.device.type, like.dtype)
-        if key not in self._backends:
-            window = self.window is not None
-            needs = Needs(*key, window=window, documents=True, unequal_lengths=True, training=True)
-            self._backends[key] = choose(self.backend_name, needs)
-        return self._backends[key]
+    def training_needs(self, device: str, dtype: torch.dtype) -> Needs:
+        """What a training step on packed documents asks of the backend: `attend.backend` of it refuses at start-up."""
+        return Needs(
+            device,
+            dtype,
+            window=self.window is not None,
+            documents=True,
+            softcap=self.attend.options.softcap > 0,
+            channels=self.channels,
+            training=True,
+        )
+
+    def new_cache(self, room: Room) -> LayerCache:
+        """An empty cache for this layer's keys and values."""
+        shape = self.key.out_features // self.channels, self.channels
+        return room.layer(shape, shape, window=self.window)

@@ -1,28 +1,59 @@
 """The table of attention backends: why one is off, and how "auto" chooses."""
 
-from attention.contract import Backend, Capability, Needs, missing
+from collections.abc import Mapping
+
+from attention.blockwise import Blockwise
+from attention.contract import Backend, Needs, missing
+from attention.cudnn import Cudnn
+from attention.efficient import Efficient
+from attention.flash import Flash
+from attention.flex import Flex
 from attention.reference import Reference
 from attention.sdpa import Sdpa
+from attention.triton import Triton
+from attention.xformers import Xformers
 from settings import Refusal, nearest
 
-# In the order in which "auto" tries them.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), Reference())}
+# One line a backend; one that needs a package imports it when it is asked for the first time.
+BACKENDS: dict[str, Backend] = {
+    "flash": Flash(),
+    "sdpa": Sdpa(),
+    "triton": Triton(),
+    "blockwise": Blockwise(),
+    "reference": Reference(),
+    "efficient": Efficient(),
+    "cudnn": Cudnn(),
+    "xformers": Xformers(),
+    "flex": Flex(),
+}
+
+# The order in which "auto" tries them on each kind of device. What is not here runs only where it is named.
+AUTO: dict[str, tuple[str, ...]] = {
+    "cpu": ("sdpa", "blockwise", "reference"),
+    "cuda": ("flash", "sdpa", "triton", "blockwise", "reference"),
+}
 
 
 def choose(name: str, needs: Needs) -> Backend:
     """The backend called `name`, or the first able one for "auto"; what is asked for by name is never replaced."""
     if name != "auto":
-        if name not in BACKENDS:
-            raise Refusal(f"attention.backend={name!r}: unknown backend{nearest(name, ['auto', *BACKENDS])}")
-        reasons = why_not(BACKENDS[name], needs)
+        reasons = why_not(BACKENDS[check_name(name)], needs)
         if reasons:
             raise Refusal(f"attention.backend={name!r}: {'; '.join(reasons)}. {_way_out(needs)}")
         return BACKENDS[name]
-    for backend in BACKENDS.values():
+    candidates = _candidates(needs)
+    for backend in candidates:
         if not why_not(backend, needs):
             return backend
-    tried = "; ".join(f"{backend.name} {', '.join(why_not(backend, needs))}" for backend in BACKENDS.values())
+    tried = "; ".join(f"{backend.name} {', '.join(why_not(backend, needs))}" for backend in candidates)
     raise Refusal(f"attention.backend='auto': no backend can do this: {tried}. Use another device or dtype.")
+
+
+def check_name(name: str) -> str:
+    """The name itself, where it is "auto" or a backend's."""
+    if name != "auto" and name not in BACKENDS:
+        raise Refusal(f"attention.backend={name!r}: unknown backend{nearest(name, ['auto', *BACKENDS])}")
+    return name
 
 
 def why_not(backend: Backend, needs: Needs) -> list[str]:
@@ -31,25 +62,28 @@ def why_not(backend: Backend, needs: Needs) -> list[str]:
     return ([reason] if reason else []) + missing(backend.capability, needs)
 
 
-def explain() -> list[tuple[str, bool, str]]:
-    """(name, whether it can run here, why not or what it does), one a backend."""
+def explain(usual: Mapping[str, Needs] | None = None) -> list[tuple[str, bool, str]]:
+    """(name, whether it can run here, why not or what it is), one a backend, and for which of `usual` auto takes it."""
+    taken = {what: choose("auto", needs).name for what, needs in (usual or {}).items()}
     rows = []
     for name, backend in BACKENDS.items():
         reason = backend.unavailable()
-        rows.append((name, reason is None, reason or _summary(backend.capability)))
+        uses = " and ".join(what for what, chosen in taken.items() if chosen == name)
+        rows.append((name, reason is None, reason or summary(backend) + (f" (auto: for {uses})" if uses else "")))
     return rows
 
 
+def summary(backend: Backend) -> str:
+    """The first sentence that a backend says of itself."""
+    return (type(backend).__doc__ or "").strip().partition("\n")[0].rstrip(".")
+
+
+def _candidates(needs: Needs) -> list[Backend]:
+    return [BACKENDS[name] for name in AUTO.get(needs.device, tuple(BACKENDS))]
+
+
 def _way_out(needs: Needs) -> str:
-    able = [backend.name for backend in BACKENDS.values() if not why_not(backend, needs)]
+    able = [backend.name for backend in (*_candidates(needs), *BACKENDS.values()) if not why_not(backend, needs)]
     return (
         f'Use backend = "{able[0]}" or "auto".' if able else "No other backend can either; use another device or dtype."
     )
-
-
-def _summary(capability: Capability) -> str:
-    can = {"window": capability.window, "documents": capability.documents, "training": capability.trainable}
-    return f"{' and '.join(capability.devices)}; {', '.join(name for name, holds in can.items() if holds)}"
-
-
-__all__ = ["BACKENDS", "Backend", "Capability", "Needs", "choose", "explain", "missing", "why_not"]

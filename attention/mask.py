@@ -1,8 +1,10 @@
 """Mask: which keys a query may see, described once as data and drawn only where a backend needs the drawing."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -42,8 +44,16 @@ class Documents:
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 1:
             raise Refusal(
-                f"documents of lengths {self.lengths[:8]}...: every document needs at least one token; drop empty ones"
+                f"documents of lengths {_short(self.lengths)}: every document needs at least one token; drop empty ones"
             )
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor | Sequence[int]) -> "Documents":
+        """From FlashAttention's starts of all documents and the end of the last; empty documents are left out.
+
+        A tensor on a GPU is waited for: give a sequence, or keep the Documents, where that matters.
+        """
+        return cls(tuple(length for length in lengths_between(cu_seqlens) if length))
 
     @property
     def num_tokens(self) -> int:
@@ -77,6 +87,16 @@ class Documents:
             self._on_device[key] = torch.tensor((0, *self._ends), dtype=torch.int32, device=device)
         return self._on_device[key]  # type: ignore[return-value]
 
+    def places(self, device: torch.device | str) -> "Places":
+        """(document, place within it) of each flat token, (N,) each."""
+        key = ("places", str(device))
+        if key not in self._on_device:
+            lengths = np.asarray(self.lengths, dtype=np.int64)
+            document = np.repeat(np.arange(len(lengths)), lengths)
+            place = np.arange(self.num_tokens) - (np.cumsum(lengths) - lengths)[document]
+            self._on_device[key] = Places(*(torch.from_numpy(x).to(device) for x in (document, place)))
+        return self._on_device[key]  # type: ignore[return-value]
+
     def groups(self, device: torch.device | str) -> list[tuple[int, Tensor]]:
         """(length, flat positions of its documents (D, length)) for each length there is, shortest first."""
         grouping = self.grouping(device, is_padded=False)
@@ -108,32 +128,87 @@ class Documents:
         return Grouping(tuple(groups), torch.from_numpy(source).to(device), torch.from_numpy(place).to(device))
 
 
+class Places(NamedTuple):
+    """Where tokens stand: their document, and the place within it; of like shapes."""
+
+    document: Tensor
+    place: Tensor
+
+
 def round_up(lengths: np.ndarray) -> np.ndarray:
     """The next length of the ladder 1..8, 10, 12, 14, 16, 20, 24, 28, 32, 40, ...: at most a quarter longer."""
     step = 2 ** np.maximum(np.floor(np.log2(np.maximum(lengths - 1, 1))).astype(np.int64) - 2, 0)
     return -(-lengths // step) * step
 
 
+def lengths_between(cu_seqlens: Tensor | Sequence[int], name: str = "cu_seqlens") -> list[int]:
+    """The lengths of documents, of empty ones too, from 0 and where each of them ends."""
+    ends = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    if ends[:1] != [0] or any(after < before for before, after in pairwise(ends)):
+        raise Refusal(f"{name}={_short(ends)}: give 0, then where each document ends, none before the one before it")
+    return [after - before for before, after in pairwise(ends)]
+
+
+def _short(numbers: Sequence[int]) -> str:
+    return f"{tuple(numbers)}" if len(numbers) <= 8 else f"({', '.join(map(str, numbers[:8]))}, ...)"
+
+
 @dataclass(frozen=True)
 class Mask:
-    """Which keys a query may see.
+    """Which keys a query may see: its own document's, of those what all of the rest allows. Data; backends draw it.
 
-    is_causal: none after itself, the last query standing at the last key (bottom-right) where T != S.
-    window: how many tokens it sees back, itself included. documents: it sees its own document alone; left out, a row is
-    one document.
+    Query t stands at key t + offset, with documents counted within its document; left out, the last query stands at
+    the last key (bottom-right), of each document where there are documents.
     """
 
+    is_split: ClassVar[bool] = False
+    """Whether the tokens lie on several ranks: a subclass on a higher floor says so."""
+
     is_causal: bool = True
+    """None after itself."""
     window: int | None = None
+    """How many tokens a query sees back, itself included."""
     documents: Documents | None = None
+    """Left out: a row is one document."""
+    key_documents: Documents | None = None
+    """The keys' documents where they are not as long as the queries'; as many, in the same order."""
+    prefix: int | tuple[int, ...] = 0
+    """So many first keys of each document (one number for each, or for all) are seen by all of its queries, whatever
+    window there is: a prefix that sees itself both ways."""
+    first_tokens: int = 0
+    """So many first keys of each document stay in view of a window that has moved on (attention sinks)."""
+    offset: int | None = None
+    """Where a row is one document and a tile of a larger mask is meant: the key that query 0 stands at, any integer."""
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise Refusal(f"window={self.window}: a token sees at least itself; use 1 or more, or leave it out")
         if self.window is not None and not self.is_causal:
             raise Refusal(f"window={self.window} looks back only; use is_causal=True or leave the window out")
+        if self.offset is not None and self.documents is not None:
+            raise Refusal(f"offset={self.offset} is for rows that are one document; leave out documents or offset")
+        if self.prefixes and min(self.prefixes) < 0:
+            raise Refusal(f"prefix={self.prefix} counts tokens; use 0 or more")
+        if any(self.prefixes) and not self.is_causal:
+            raise Refusal(f"prefix={self.prefix} is seen both ways already with is_causal=False; leave one of them out")
+        if self.first_tokens < 0:
+            raise Refusal(f"first_tokens={self.first_tokens} counts tokens; use 0 or more")
+        if self.key_documents is None:
+            return
+        if self.documents is None:
+            raise Refusal("key_documents are the keys' side of documents; give the queries' documents too")
+        if len(self.documents.lengths) != len(self.key_documents.lengths):
+            raise Refusal(
+                f"documents and key_documents must be as many, not {len(self.documents.lengths)} and "
+                f"{len(self.key_documents.lengths)}; leave out documents that have no queries or no keys"
+            )
 
-    def within(self, window: int | None) -> "Mask":
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """The prefix as a tuple: one number for all documents, or one for each."""
+        return self.prefix if isinstance(self.prefix, tuple) else (self.prefix,)
+
+    def within(self, window: int | None) -> Self:
         """The same mask with a window no wider than `window`."""
         if window is None or (self.window is not None and self.window <= window):
             return self
@@ -141,26 +216,55 @@ class Mask:
 
     def check(self, num_rows: int, num_queries: int, num_keys: int) -> None:
         """Refuse shapes that the documents do not fit."""
+        count = num_rows if self.documents is None else len(self.documents.lengths)
+        if isinstance(self.prefix, tuple) and len(self.prefix) != count:
+            raise Refusal(f"prefix={_short(self.prefix)} has {len(self.prefix)} numbers; give one, or {count}")
         if self.documents is None:
             return
-        if num_queries != num_keys:
+        if self.key_documents is None and num_queries != num_keys:
             raise Refusal(
-                f"documents need as many queries as keys, not T={num_queries} and S={num_keys}; drop one of them"
+                f"documents need as many queries as keys, not T={num_queries} and S={num_keys}; "
+                "leave them out or give key_documents too"
             )
         self.documents.check_rows(num_rows, num_queries)
+        if self.key_documents is not None:
+            self.key_documents.check_rows(num_rows, num_keys)
 
     def dense(self, B: int, T: int, S: int, device: torch.device | str) -> Tensor:
         """The mask drawn in full: bool (B, T, S), true where query t sees key s. For small shapes only."""
-        self.check(B, T, S)
-        query_T1 = torch.arange(S - T, S, device=device)[:, None]
-        key_S = torch.arange(S, device=device)
-        seen_TS = torch.ones(T, S, dtype=torch.bool, device=device)
-        if self.is_causal:
-            seen_TS = key_S <= query_T1
+        queries, keys = self.places(B, T, S, device)
+        return self.sees(Places(*(x[..., None] for x in queries)), Places(*(x[:, None] for x in keys)))
+
+    def sees(self, queries: Places, keys: Places) -> Tensor:
+        """Whether each query sees each key, for shapes that broadcast: the one definition of this mask."""
+        seen = queries.document == keys.document
+        if not self.is_causal:
+            return seen
+        in_view = keys.place <= queries.place
         if self.window is not None:
-            seen_TS = seen_TS & (key_S > query_T1 - self.window)
+            near = keys.place > queries.place - self.window
+            in_view = in_view & ((near | (keys.place < self.first_tokens)) if self.first_tokens else near)
+        if any(self.prefixes):
+            in_view = in_view | (keys.place < self._prefix_of(queries.document))
+        return seen & in_view
+
+    def places(self, B: int, T: int, S: int, device: torch.device | str) -> tuple[Places, Places]:
+        """Where the queries (B, T) and the keys (B, S) stand, a query by the key it stands at; refuses misfits."""
+        self.check(B, T, S)
         if self.documents is None:
-            return seen_TS.expand(B, T, S)
-        lengths = torch.tensor(self.documents.lengths, device=device)
-        document_BT = torch.arange(len(lengths), device=device).repeat_interleave(lengths).view(B, T)
-        return seen_TS & (document_BT[:, :, None] == document_BT[:, None, :])
+            offset = S - T if self.offset is None else self.offset
+            row_B1 = torch.arange(B, device=device)[:, None]
+            query_T, key_S = torch.arange(T, device=device) + offset, torch.arange(S, device=device)
+            return Places(row_B1.expand(B, T), query_T.expand(B, T)), Places(row_B1.expand(B, S), key_S.expand(B, S))
+        document_N, place_N = self.documents.places(device)
+        queries = Places(document_N.view(B, T), place_N.view(B, T))
+        if self.key_documents is None:
+            return queries, queries
+        gains = np.subtract(self.key_documents.lengths, self.documents.lengths)
+        shifted = Places(queries.document, queries.place + torch.from_numpy(gains).to(device)[queries.document])
+        return shifted, Places(*(x.view(B, S) for x in self.key_documents.places(device)))
+
+    def _prefix_of(self, document: Tensor) -> Tensor | int:
+        if not isinstance(self.prefix, tuple):
+            return self.prefix
+        return torch.tensor(self.prefix, device=document.device)[document]

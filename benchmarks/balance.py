@@ -47,6 +47,7 @@ def microbatches_of(count: int) -> list[Batch]:
             labels_BT=tokens_RT[first : first + size, 1:],
             weights_BT=torch.ones(size, LENGTH),
             positions_BT=torch.arange(LENGTH).expand(size, LENGTH),
+            places_BT=torch.arange(LENGTH).expand(size, LENGTH),
             lengths=(LENGTH,) * size,
             sources_B=torch.zeros(size, dtype=torch.int64),
             is_real_BT=torch.ones(size, LENGTH, dtype=torch.bool),

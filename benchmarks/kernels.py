@@ -71,6 +71,8 @@ class Case:
     """Of a matmul; the kernels around them have none."""
     types: dict[str, str] = field(default_factory=dict)
     """Types of arguments that are not what their name says."""
+    multiples: tuple[str, ...] = ()
+    """Numbers that are multiples of 16, such as strides: addresses are then aligned as they are at run time."""
 
     @property
     def signature(self) -> dict[str, str]:
@@ -115,7 +117,8 @@ def compile_case(case: Case) -> Compiled:
     """Compile for sm_90 and read the machine code; needs no GPU and no driver."""
     names = case.kernel.arg_names
     constants = {(names.index(name),): value for name, value in case.constants.items()}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")}
+    even = [i for i, name in enumerate(names) if name.endswith("_ptr") or name in case.multiples]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in even}
     tile = case.tile or Tile(0, 0, 0, warps=4, stages=3)
     built = triton.compile(
         ASTSource(case.kernel, case.signature, constants, aligned),

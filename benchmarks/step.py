@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from attention.attention import AttentionSettings
-from attention.mask import Documents
+from attention.mask import Documents, Mask
 from benchmarks.record import keep
 from context.rotary import DefaultRotary
 from model.initialize import initialize
@@ -46,10 +46,10 @@ def ours(kind: str, tokens_BT: torch.Tensor, precision: torch.dtype) -> Step:
     model.use_rotary(DefaultRotary(base=10_000.0))
     labels_BT = torch.cat([tokens_BT[:, 1:], torch.full((ROWS, 1), -100, device=device)], dim=1)
     weights_BT = torch.ones(labels_BT.shape, device=device)
-    documents = Documents((LENGTH,) * ROWS)
+    mask = Mask(documents=Documents((LENGTH,) * ROWS))
 
     def loss() -> torch.Tensor:
-        hidden_BTD, stats = model(tokens_BT, None, documents)
+        hidden_BTD, stats = model(tokens_BT, None, mask)
         hidden_ND, labels_N, weights_N = hidden_BTD.flatten(0, 1), labels_BT.flatten(), weights_BT.flatten()
         sums = cross_entropy(hidden_ND, model.head_weight, labels_N, weights_N, 4096)
         return sums.weighted / (ROWS * (LENGTH - 1)) + (balance_objective(stats, moe) if stats else 0.0)

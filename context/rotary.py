@@ -210,19 +210,28 @@ class Rotary:
     def at(self, positions_BT: Tensor) -> "Rotation":
         """The rotation for tokens at these positions; computed once, then used by every layer."""
         if self.spec.kind == "none":
-            return Rotation(None, None)
+            return Rotation(positions_BT, None, None)
         # fp64: at position 100,000 an fp32 angle is already off by a hundredth of a radian.
         angles_BTP = positions_BT[..., None].double() * self.frequencies.to(positions_BT.device).double()
         cos, sin = (table.mul_(self.attention_factor).float() for table in (angles_BTP.cos(), angles_BTP.sin()))
-        return Rotation(cos[:, :, None], sin[:, :, None])
+        return Rotation(positions_BT, cos[:, :, None], sin[:, :, None], self.attention_factor)
 
 
 class Rotation:
     """Turns each head's pairs of channels: first half with second half. fp32 inside, the input's dtype outside."""
 
-    def __init__(self, cos_BT1P: Tensor | None, sin_BT1P: Tensor | None) -> None:
+    def __init__(
+        self,
+        positions_BT: Tensor,
+        cos_BT1P: Tensor | None,
+        sin_BT1P: Tensor | None,
+        attention_factor: float = 1.0,
+    ) -> None:
+        """attention_factor: what cos and sin are multiplied with, for who scales what is not turned as well."""
+        self.positions_BT = positions_BT
         self.cos_BT1P = cos_BT1P
         self.sin_BT1P = sin_BT1P
+        self.attention_factor = attention_factor
 
     def __call__(self, x_BTHC: Tensor) -> Tensor:
         """(B, T, H, C) to the same shape and dtype."""

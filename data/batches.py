@@ -45,15 +45,17 @@ class Batch:
     """One micro-batch of B packed rows of T tokens.
 
     tokens_BT int64; labels_BT int64, -100 where nothing is to be predicted; weights_BT float32, the loss weight of each
-    label; positions_BT int64, the position inside the document piece; sources_B int64, places in `Batches.names`.
-    lengths: document pieces in row-major order; they sum to B*T and none crosses a row. is_real_BT: False where padding
-    stands. rows_B: each row's number in the step; keys_B: a number that no other row of the run has; both int64.
+    label; positions_BT int64, the position inside the document piece; places_BT int64, the place in the row; sources_B
+    int64, places in `Batches.names`. lengths: document pieces in row-major order; they sum to B*T and none crosses a
+    row. is_real_BT: False where padding stands. rows_B: each row's number in the step; keys_B: a number that no other
+    row of the run has; both int64.
     """
 
     tokens_BT: Tensor
     labels_BT: Tensor
     weights_BT: Tensor
     positions_BT: Tensor
+    places_BT: Tensor
     lengths: tuple[int, ...]
     sources_B: Tensor
     is_real_BT: Tensor
@@ -63,6 +65,16 @@ class Batch:
     num_tokens: int
     num_real: int
     """Tokens that are no padding."""
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a row."""
+        return self.tokens_BT.shape[1]
+
+    @property
+    def num_documents(self) -> int:
+        """Document pieces that begin here; padding at a row's end is one too."""
+        return len(self.lengths)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; to CUDA from pinned memory, without waiting."""
@@ -215,6 +227,7 @@ def _split(
                 labels_BT=torch.from_numpy(labels_BT),
                 weights_BT=torch.from_numpy(rows.weights_RT[window]),
                 positions_BT=torch.from_numpy(positions_RT[window]),
+                places_BT=torch.arange(sequence_length).repeat(len(labels_BT), 1),
                 lengths=tuple(rows.document_lengths[documents].tolist()),
                 sources_B=torch.from_numpy(source_R[window]),
                 is_real_BT=torch.from_numpy(is_real_RT[window]),

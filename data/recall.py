@@ -1,5 +1,6 @@
 """Needles in a haystack as training rows and as probes: ` [AB=1234] ` somewhere in text, `?AB=1234` at its end."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,11 +72,33 @@ def needle_sample(  # noqa: PLR0917 (a recipe of plain numbers; callers name the
     """
     maker = NeedleMaker(tokenizer, needles, key_letters, value_digits)
     keys_S = np.array([rng.integers(1 << 63)], dtype=np.uint64)
-    depths_S = None if depth is None else np.array([depth])
+    depths_SM = None if depth is None else np.array([[depth]])
     haystack = Haystack.parted(haystack_tokens, tokenizer.end_of_text)
-    tokens, answer_starts_S, depths_S = maker.make(keys_S, haystack, np.array([length]), depths_S)
+    tokens, answer_starts_S, depths_S = maker.make(keys_S, haystack, np.array([length]), depths_SM)
     start = int(answer_starts_S[0])
     return NeedleSample(tokens, slice(start, start + value_digits), float(depths_S[0]))
+
+
+def needle_grid(  # noqa: PLR0917 (as needle_sample)
+    rng: np.random.Generator,
+    tokenizer: Tokenizer,
+    haystack_tokens: np.ndarray,
+    length: int,
+    depths: Sequence[float],
+    key_letters: int = 2,
+    value_digits: int = 4,
+) -> list[NeedleSample]:
+    """One haystack with a needle at each depth: a sample for each needle, which differ in their questions alone.
+
+    Everything else as in `needle_sample`.
+    """
+    maker = NeedleMaker(tokenizer, len(depths), key_letters, value_digits)
+    keys_S = np.full(len(depths), rng.integers(1 << 63), dtype=np.uint64)
+    haystack = Haystack.parted(haystack_tokens, tokenizer.end_of_text)
+    lengths_S, depths_SM = np.full(len(depths), length), np.tile(depths, (len(depths), 1))
+    tokens, answer_starts_S, depths_S = maker.make(keys_S, haystack, lengths_S, depths_SM, np.arange(len(depths)))
+    asked = zip(tokens.reshape(-1, length), answer_starts_S.tolist(), depths_S.tolist(), strict=True)
+    return [NeedleSample(tokens_T, slice(start, start + value_digits), depth) for tokens_T, start, depth in asked]
 
 
 class Haystack:
@@ -146,20 +169,28 @@ class NeedleMaker:
         return self.needles * self.needle_length + self.question_length + 1
 
     def make(
-        self, keys_S: np.ndarray, haystack: Haystack, lengths_S: np.ndarray, depths_S: np.ndarray | None
+        self,
+        keys_S: np.ndarray,
+        haystack: Haystack,
+        lengths_S: np.ndarray,
+        depths_SM: np.ndarray | None,
+        asked_S: np.ndarray | int = 0,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """One sample for each key, end to end: (tokens (sum of lengths,) int64, where each answer starts in its own
-        sample (S,), the depths as they came out (S,))."""
+        sample (S,), the depths of the asked needles as they came out (S,)).
+
+        depths_SM: of the first so many needles; the others lie anywhere. asked_S: the needle that is asked for.
+        """
         room_S = lengths_S - self.needles * self.needle_length - self.question_length
         self._check_room(haystack, lengths_S, room_S)
         samples, order = len(keys_S), np.arange(self.needles)
         offset_S = np.cumsum(lengths_S) - lengths_S
-        needle_tokens_SMX, question_SX = self._write(keys_S)
+        needle_tokens_SMX, question_SX = self._write(keys_S, asked_S)
 
         start_S = haystack.starts(keys_S, room_S)
         before_SM = (counted(keys_S[:, None], DEPTH + order) % (room_S[:, None] + 1).astype(np.uint64)).astype(np.int64)
-        if depths_S is not None:
-            before_SM[:, 0] = (depths_S * room_S).astype(np.int64)
+        if depths_SM is not None:
+            before_SM[:, : depths_SM.shape[1]] = (depths_SM * room_S[:, None]).astype(np.int64)
 
         # A haystack token moves back by one needle for each needle before it.
         place = ragged_ranges(np.zeros_like(room_S), room_S)
@@ -176,11 +207,12 @@ class NeedleMaker:
         tokens[question_at_S[:, None] + np.arange(self.question_length)] = question_SX
         answer_start_S = lengths_S - self.question_length + self.answer_at
         assert len(answer_start_S) == samples
-        return tokens, answer_start_S, before_SM[:, 0] / room_S
+        return tokens, answer_start_S, before_SM[np.arange(samples), asked_S] / room_S
 
-    def _write(self, keys_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Needles (S, M, needle length), keys different inside a sample, and the question for the first (S, ...)."""
+    def _write(self, keys_S: np.ndarray, asked_S: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """Needles (S, M, needle length), keys different inside a sample, and the question for one of them (S, ...)."""
         samples, order = len(keys_S), np.arange(self.needles)
+        asked = np.arange(samples), asked_S
         key_numbers_SM = permute(
             np.broadcast_to(order, (samples, self.needles)),
             len(LETTERS) ** self.key_letters,
@@ -196,7 +228,7 @@ class NeedleMaker:
         ]
         question = [
             np.broadcast_to(part, (samples, part.shape[-1]))
-            for part in (self._question, key_SMX[:, 0], self._equals, value_SMX[:, 0], self._newline)
+            for part in (self._question, key_SMX[asked], self._equals, value_SMX[asked], self._newline)
         ]
         return np.concatenate(needle, axis=-1), np.concatenate(question, axis=-1)
 

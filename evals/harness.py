@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attention.mask import Documents
+from attention.mask import Documents, Mask
 from data.tokenizer import Tokenizer
+from evals.prefixes import batches, find_families
 from model.loss import IGNORED, greedy, token_losses
+from model.prefill import new_cache, read
+from model.transformer import Transformer
 from settings import Refusal, nearest
 
 LOGITS_CHUNK = 1024
@@ -104,10 +107,58 @@ def forwards(model: nn.Module, materials: Materials, rows: Rows) -> Iterator[tup
         tokens = rows.tokens_BT[part]
         positions, documents = split_documents(tokens, rows.end_of_text)
         positions_BT = None if positions is None else to_device(positions, materials.device)
-        hidden_BTD, stats = model(to_device(tokens, materials.device), positions_BT, documents)
+        mask = Mask(documents=documents)
+        hidden_BTD, stats = model(to_device(tokens, materials.device), positions_BT, mask)
         # A model that reads less than it was given would be scored on a prompt it never saw.
         assert hidden_BTD.shape[:2] == tokens.shape, f"gave {tokens.shape} tokens, got {tuple(hidden_BTD.shape)} back"
         yield part, hidden_BTD, stats
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model made of a stretch of some rows."""
+
+    rows_B: np.ndarray
+    """Which rows."""
+    start: int
+    """The place of the stretch in each of them."""
+    hidden_BTD: Tensor
+
+
+def readings(model: nn.Module, materials: Materials, rows: Rows) -> Iterator[Reading]:
+    """Every place of every row, in stretches; use it inside `evaluating`.
+
+    A decoder reads once what rows have in common, and a row of more than `tokens_per_forward` in chunks of that many.
+    """
+    length = rows.tokens_BT.shape[1]
+    # Rows cut into documents begin alike by chance alone, and nothing may be read on from a document before.
+    families = find_families(rows.tokens_BT) if isinstance(model, Transformer) and rows.end_of_text is None else []
+    has_shared = any(family.shared for family in families)
+    if not families or (not has_shared and length <= materials.tokens_per_forward):
+        for part, hidden_BTD, _ in forwards(model, materials, rows):
+            yield Reading(np.arange(part.start, part.stop), 0, hidden_BTD)
+        return
+    assert isinstance(model, Transformer)
+    for rows_BM, shared in batches(families, max(1, materials.tokens_per_forward // length)):
+        yield from _read_together(model, materials, rows, rows_BM, shared)
+
+
+def _read_together(
+    model: Transformer, materials: Materials, rows: Rows, rows_BM: np.ndarray, shared: int
+) -> Iterator[Reading]:
+    """Families of M rows: the tokens that each family shares, then the rest of its rows one after the other."""
+    length = rows.tokens_BT.shape[1]
+    chunk = max(1, materials.tokens_per_forward // len(rows_BM))
+    cache = new_cache(model, len(rows_BM), length, min(chunk, length), reach=length - shared)
+    beginning_BT = to_device(rows.tokens_BT[rows_BM[:, 0], :shared], materials.device)
+    for start, hidden_BTD in read(model, beginning_BT, cache, chunk):
+        for rows_B in rows_BM.T:
+            yield Reading(rows_B, start, hidden_BTD)
+    for rows_B in rows_BM.T:
+        cache.trim(shared)
+        rest_BT = to_device(rows.tokens_BT[rows_B, shared:], materials.device)
+        for start, hidden_BTD in read(model, rest_BT, cache, chunk):
+            yield Reading(rows_B, shared + start, hidden_BTD)
 
 
 def score_rows(model: nn.Module, materials: Materials, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
@@ -119,12 +170,17 @@ def score_rows(model: nn.Module, materials: Materials, rows: Rows) -> tuple[np.n
     logprob_BT = np.full(rows.labels_BT.shape, np.nan, dtype=np.float32)
     with evaluating(model, materials):
         head_VD: Tensor = model.head_weight  # type: ignore[assignment]  # torch types every attribute as Tensor | Module
-        for part, hidden_BTD, _ in forwards(model, materials, rows):
-            is_asked_BT = rows.is_asked_BT[part]
-            hidden_ND = hidden_BTD.flatten(0, 1)[to_device(np.flatnonzero(is_asked_BT), materials.device)]
-            labels_N = to_device(rows.labels_BT[part][is_asked_BT], materials.device)
-            greedy_BT[part][is_asked_BT] = greedy(hidden_ND, head_VD, LOGITS_CHUNK).cpu().numpy()
-            logprob_BT[part][is_asked_BT] = -token_losses(hidden_ND, head_VD, labels_N, LOGITS_CHUNK).cpu().numpy()
+        for reading in readings(model, materials, rows):
+            stop = reading.start + reading.hidden_BTD.shape[1]
+            is_asked_BT = rows.is_asked_BT[reading.rows_B, reading.start : stop]
+            if not is_asked_BT.any():
+                continue
+            row_N, place_N = np.nonzero(is_asked_BT)
+            asked = reading.rows_B[row_N], reading.start + place_N
+            hidden_ND = reading.hidden_BTD.flatten(0, 1)[to_device(np.flatnonzero(is_asked_BT), materials.device)]
+            labels_N = to_device(rows.labels_BT[asked], materials.device)
+            greedy_BT[asked] = greedy(hidden_ND, head_VD, LOGITS_CHUNK).cpu().numpy()
+            logprob_BT[asked] = -token_losses(hidden_ND, head_VD, labels_N, LOGITS_CHUNK).cpu().numpy()
     return greedy_BT, logprob_BT
 
 

@@ -4,10 +4,10 @@ Sources: gkamradt's LLMTest_NeedleInAHaystack for the grid; exact match on rando
 """
 
 import numpy as np
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 from torch import nn
 
-from data.recall import NeedleSample, needle_sample
+from data.recall import NeedleSample, needle_grid, needle_sample
 from evals.harness import Cell, Materials, Rows, score_rows, sources_of
 from model.loss import IGNORED
 from settings import Refusal, Section
@@ -27,6 +27,9 @@ class NeedleSettings(Section):
     """Samples in each cell."""
     needles: PositiveInt = 1
     """Needles in each haystack; one of them is asked for."""
+    one_haystack: bool = False
+    """A sample is one haystack with a needle at every depth, asked for one after the other: a grid of many depths is
+    read about once a length. Left out, each cell has haystacks of its own, with so many `needles` in each."""
     key_letters: PositiveInt = 2
     value_digits: PositiveInt = 4
 
@@ -44,6 +47,14 @@ class NeedleSettings(Section):
             raise ValueError("a depth is a share between 0 (start) and 1 (end of the haystack)")
         return depths
 
+    @model_validator(mode="after")
+    def check_needles(self) -> "NeedleSettings":
+        if self.one_haystack and self.needles != 1:
+            raise ValueError(
+                f"one_haystack=true hides a needle at each of the depths, not needles={self.needles}; leave one out"
+            )
+        return self
+
 
 def check(settings: NeedleSettings, materials: Materials) -> None:
     """Refuse an unknown haystack and lengths that its held-out text or the question does not fit."""
@@ -56,9 +67,24 @@ def check(settings: NeedleSettings, materials: Materials) -> None:
         )
     shortest = min(settings.lengths)
     try:
-        make_sample(settings, materials, 0, length=shortest, depth=settings.depths[0], number=0)
+        if settings.one_haystack:
+            make_grid(settings, materials, 0, length=shortest, number=0)
+        else:
+            make_sample(settings, materials, 0, length=shortest, depth=settings.depths[0], number=0)
     except Refusal as refusal:
         raise Refusal(f"evals.needle.lengths={shortest} does not fit: {refusal}") from None
+
+
+def make_samples(settings: NeedleSettings, materials: Materials, seed: int, length: int) -> list[list[NeedleSample]]:
+    """The samples of one length, a list for each depth."""
+    numbers = range(settings.samples)
+    if not settings.one_haystack:
+        return [
+            [make_sample(settings, materials, seed, length=length, depth=depth, number=number) for number in numbers]
+            for depth in settings.depths
+        ]
+    grids = [make_grid(settings, materials, seed, length=length, number=number) for number in numbers]
+    return [list(column) for column in zip(*grids, strict=True)]
 
 
 def make_sample(
@@ -76,9 +102,31 @@ def make_sample(
         key_letters=settings.key_letters,
         value_digits=settings.value_digits,
     )
-    # A sample cut short would be scored 0 and read as a finding about the model.
-    assert len(sample.tokens) == length and 0 < sample.answer.start < sample.answer.stop <= length, "truncated sample"
+    check_whole(sample, length)
     return sample
+
+
+def make_grid(
+    settings: NeedleSettings, materials: Materials, seed: int, *, length: int, number: int
+) -> list[NeedleSample]:
+    """Haystack `number` of a length, asked for the needle at each depth; a pure function like `make_sample`."""
+    samples = needle_grid(
+        np.random.default_rng([seed, length, number]),
+        materials.tokenizer,
+        materials.held_out[settings.haystack],
+        length,
+        settings.depths,
+        key_letters=settings.key_letters,
+        value_digits=settings.value_digits,
+    )
+    for sample in samples:
+        check_whole(sample, length)
+    return samples
+
+
+def check_whole(sample: NeedleSample, length: int) -> None:
+    """A sample cut short would be scored 0 and read as a finding about the model."""
+    assert len(sample.tokens) == length and 0 < sample.answer.start < sample.answer.stop <= length, "truncated sample"
 
 
 def to_rows(samples: list[NeedleSample]) -> Rows:
@@ -100,12 +148,7 @@ def run(model: nn.Module, settings: NeedleSettings, materials: Materials, seed: 
     check(settings, materials)
     cells = []
     for length in settings.lengths:
-        samples = [
-            make_sample(settings, materials, seed, length=length, depth=depth, number=number)
-            for depth in settings.depths
-            for number in range(settings.samples)
-        ]
-        rows = to_rows(samples)
+        rows = to_rows([sample for of_depth in make_samples(settings, materials, seed, length) for sample in of_depth])
         greedy_BT, logprob_BT = score_rows(model, materials, rows)
         is_right_BT = greedy_BT == rows.labels_BT
         for index, depth in enumerate(settings.depths):
@@ -115,7 +158,7 @@ def run(model: nn.Module, settings: NeedleSettings, materials: Materials, seed: 
             extra = {
                 "answer_logprob": float(logprob_BT[part][is_asked_BT].mean()),
                 "token_accuracy": float(is_right_BT[part][is_asked_BT].mean()),
-                "needles": settings.needles,
+                "needles": len(settings.depths) if settings.one_haystack else settings.needles,
             }
             cells.append(Cell("needle", length, depth, float(is_exact_B.mean()), settings.samples, extra))
     return cells

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from attention.cache import KVCache
-from model.loss import product_dtype
+from model.prefill import new_cache, prefill
 from model.transformer import Transformer
 from settings import Refusal
 
@@ -41,8 +40,8 @@ def _continue(
     cache = new_cache(model, rows, length + num_tokens)
     chosen: list[Tensor] = []
     for _ in range(num_tokens):
-        hidden_BTD, _ = model(tokens_BT, cache=cache)
-        tokens_BT = next_tokens(hidden_BTD[:, -1], model.head_weight, temperature, generator).unsqueeze(1)
+        hidden_BD = prefill(model, tokens_BT, cache)
+        tokens_BT = next_tokens(hidden_BD, model.head_weight, temperature, generator).unsqueeze(1)
         chosen.append(tokens_BT)
     return torch.cat(chosen, dim=1) if chosen else tokens_BT[:, :0]
 
@@ -53,17 +52,3 @@ def next_tokens(hidden_BD: Tensor, head_VD: Tensor, temperature: float, generato
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
     return torch.multinomial((logits_BV / temperature).softmax(dim=-1), 1, generator=generator).squeeze(1)
-
-
-def new_cache(model: Transformer, rows: int, capacity: int) -> KVCache:
-    """An empty cache for `capacity` tokens of `rows` sequences, where the model is and in the dtype of its keys."""
-    settings, weight = model.settings, model.embedding.weight
-    return KVCache(
-        settings.num_layers,
-        rows,
-        capacity,
-        settings.attention.num_kv_heads,
-        settings.channels,
-        device=weight.device,
-        dtype=product_dtype(weight),
-    )

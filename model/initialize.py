@@ -56,6 +56,7 @@ TABLE: tuple[tuple[str, Draw], ...] = (
     ("head.weight", _normal),
     ("*.attention.output.weight", _residual),
     ("*.attention.*.weight", _normal),
+    ("*.attention.sink_H", _zeros),
     ("*.feed_forward.router.bias_E", _zeros),
     ("*.feed_forward.router.weight", _normal),
     ("*.feed_forward.shared.gate.weight", _normal),

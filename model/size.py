@@ -1,7 +1,11 @@
 """How large a model is and how much it computes: arithmetic on its settings, nothing is built."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from attention.attention import AttentionSettings, channels_per_head
+from attention.latent import LatentSettings
 from model.transformer import ModelSettings
 from moe.layer import MoESettings
 
@@ -13,7 +17,7 @@ class Size:
     embedding: int
     """The embedding and, unless it is tied, the head."""
     attention: int
-    """Projections and head norms of all layers."""
+    """Projections, norms of heads and latents, and sinks of all layers."""
     feed_forward: int
     """Dense layers, shared experts and their gates."""
     router: int
@@ -41,14 +45,13 @@ class Size:
 
 def count(settings: ModelSettings, vocab_size: int) -> Size:
     """The parameters of `Transformer(settings, vocab_size)`, part by part; their sum is the built model's exactly."""
-    width, attention = settings.width, settings.attention
+    width, attention = settings.width, attention_layer(settings)
     num_dense = sum(settings.feed_forward_kind(layer) == "dense" for layer in range(settings.num_layers))
     num_moe = settings.num_layers - num_dense
-    head_norms = 2 * settings.channels if attention.head_norms else 0
     shared, router, experts, active = _moe_layer(settings.moe, width) if settings.moe else (0, 0, 0, 0)
     return Size(
         embedding=vocab_size * width * (1 if settings.tied_embeddings else 2),
-        attention=settings.num_layers * (_projections(settings) + head_norms),
+        attention=settings.num_layers * (attention.projections + attention.vectors),
         feed_forward=num_dense * 3 * width * (settings.feed_forward_width or 0) + num_moe * shared,
         router=num_moe * router,
         experts=num_moe * experts,
@@ -68,19 +71,19 @@ def _moe_layer(moe: MoESettings, width: int) -> tuple[int, int, int, int]:
 def flops_per_token(settings: ModelSettings, vocab_size: int, sequence_length: int, causal: bool = True) -> int | float:
     """Floating-point operations of one token's forward and backward pass, matrix products only, nothing recomputed.
 
-    A product costs 2 per weight forward and 4 backward. Attention adds 12 * channels of all heads for each key a query
-    sees (PaLM, appendix B): on average (T+1)/2 in a row of T tokens, less in a window. `causal=False` counts T keys in
-    every layer, as an implementation computes that masks a full score matrix.
+    A product costs 2 per weight forward and 4 backward. Attention adds 6 * channels of all heads' keys and values for
+    each key a query sees (PaLM, appendix B): on average (T+1)/2 in a row of T tokens, less in a window. `causal=False`
+    counts T keys in every layer, as an implementation computes that masks a full score matrix. Latent attention is
+    counted as it is trained on whole rows, expanded.
     """
-    size = count(settings, vocab_size)
+    size, attention = count(settings, vocab_size), attention_layer(settings)
     head = vocab_size * settings.width
-    head_norms = size.attention - settings.num_layers * _projections(settings)
-    weights = size.active - size.embedding - size.norms - head_norms + head
+    weights = size.active - size.embedding - size.norms - settings.num_layers * attention.vectors + head
     keys = (
         mean_keys(sequence_length, settings.window(layer) if causal else None, causal)
         for layer in range(settings.num_layers)
     )
-    return 6 * weights + 12 * settings.attention.num_heads * settings.channels * sum(keys)
+    return 6 * weights + 6 * attention.channels * sum(keys)
 
 
 def mean_keys(sequence_length: int, window: int | None, causal: bool = True) -> float:
@@ -91,7 +94,36 @@ def mean_keys(sequence_length: int, window: int | None, causal: bool = True) -> 
     return (seen * (seen + 1) / 2 + (sequence_length - seen) * seen) / sequence_length
 
 
-def _projections(settings: ModelSettings) -> int:
-    """Weights of one layer's query, key, value and output projections."""
-    heads = settings.attention.num_heads + settings.attention.num_kv_heads
-    return 2 * settings.width * heads * settings.channels
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One layer's attention in numbers."""
+
+    projections: int
+    """Parameters that every token is multiplied with."""
+    vectors: int
+    """The other parameters: norms of heads and latents, sinks."""
+    channels: int
+    """Of the queries and values of all heads together: what is multiplied for each key that a query sees."""
+
+
+def attention_layer(settings: ModelSettings) -> AttentionLayer:
+    """The attention of one of the model's layers, which are all alike."""
+    return LAYERS[settings.attention.kind](settings.attention, settings.width)
+
+
+def _grouped(attention: AttentionSettings, width: int) -> AttentionLayer:
+    H, G, C = attention.num_heads, attention.num_kv_heads, channels_per_head(attention, width)
+    vectors = (2 * C if attention.head_norms else 0) + (H if attention.sink else 0)
+    return AttentionLayer(2 * width * (H + G) * C, vectors, 2 * H * C)
+
+
+def _latent(attention: LatentSettings, width: int) -> AttentionLayer:
+    H, Z, E = attention.num_heads, attention.latent_rank, attention.value_channels
+    C = attention.nope_channels + attention.rope_channels
+    rank = attention.query_rank
+    queries = width * H * C if rank is None else (width + H * C) * rank
+    keys = width * (Z + attention.rope_channels) + Z * H * (attention.nope_channels + E)
+    return AttentionLayer(queries + keys + H * E * width, Z + (rank or 0), H * (C + E))
+
+
+LAYERS: dict[str, Callable[[Any, int], AttentionLayer]] = {"grouped": _grouped, "latent": _latent}

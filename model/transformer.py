@@ -8,16 +8,19 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attention.attention import Attention, AttentionSettings, channels_per_head
 from attention.cache import KVCache
-from attention.mask import Documents, Mask
+from attention.kinds import AnyAttentionSettings, build_attention
+from attention.mask import Mask
 from context.rotary import Rotary, RotarySpec
-from model.block import Block
+from model.block import Block, BlockMemo
 from model.feed_forward import FeedForward
 from model.norm import RMSNorm
 from moe.layer import MoE, MoESettings
-from moe.routing import Memo, RoutingStats, TokenFacts
+from moe.routing import RoutingStats, TokenFacts
 from settings import Section
+
+LayerKind = Literal["full", "window", "full_nope", "window_nope"]
+"""What a layer attends to; `_nope`: without a rotation, so that positions show only in what comes from other layers."""
 
 
 class ModelSettings(Section):
@@ -25,14 +28,14 @@ class ModelSettings(Section):
 
     num_layers: PositiveInt
     width: PositiveInt
-    attention: AttentionSettings
+    attention: AnyAttentionSettings
     feed_forward_width: PositiveInt | None = None
     """Inner width of the dense feed-forward layers."""
     moe: MoESettings | None = None
     """Left out: every layer is dense."""
     num_dense_layers: int = 0
     """The first so many layers are dense although `moe` is given."""
-    pattern: tuple[Literal["full", "window"], ...] = ("full",)
+    pattern: tuple[LayerKind, ...] = ("full",)
     """What the layers attend to, repeated over the depth; `window` layers see `attention.window` tokens."""
     tied_embeddings: bool = False
     norm_epsilon: PositiveFloat = 1e-6
@@ -40,7 +43,7 @@ class ModelSettings(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ModelSettings":
-        channels_per_head(self.attention, self.width)
+        self.attention.rotary_channels(self.width)
         if not 0 <= self.num_dense_layers <= self.num_layers:
             raise ValueError(
                 f"num_dense_layers={self.num_dense_layers} must lie within 0 and num_layers={self.num_layers}"
@@ -53,11 +56,12 @@ class ModelSettings(Section):
             )
         if not self.pattern:
             raise ValueError('pattern=[] names no layer; leave it out, or write ["full"]')
-        if "window" in self.pattern and self.attention.window is None:
+        has_window = any(kind.startswith("window") for kind in self.pattern)
+        if has_window and self.attention.window is None:
             raise ValueError(
                 'pattern has "window" layers, but attention.window is left out; give their number of tokens'
             )
-        if "window" not in self.pattern and self.attention.window is not None:
+        if not has_window and self.attention.window is not None:
             raise ValueError(
                 f"attention.window={self.attention.window} is used by no layer of pattern={list(self.pattern)}; "
                 'add "window" to the pattern or leave attention.window out'
@@ -65,23 +69,31 @@ class ModelSettings(Section):
         return self
 
     @property
-    def channels(self) -> int:
-        """Channels of one attention head."""
-        return channels_per_head(self.attention, self.width)
+    def rotary_channels(self) -> int:
+        """Channels of one attention head that are rotated."""
+        return self.attention.rotary_channels(self.width)
 
     def feed_forward_kind(self, layer: int) -> Literal["dense", "moe"]:
         return "dense" if self.moe is None or layer < self.num_dense_layers else "moe"
 
+    def layer_kind(self, layer: int) -> LayerKind:
+        return self.pattern[layer % len(self.pattern)]
+
     def window(self, layer: int) -> int | None:
         """How many tokens the layer's queries see, themselves included; None: all before them."""
-        return self.attention.window if self.pattern[layer % len(self.pattern)] == "window" else None
+        return self.attention.window if self.layer_kind(layer).startswith("window") else None
+
+    def has_rotary(self, layer: int) -> bool:
+        """Whether the layer's queries and keys are rotated by their positions."""
+        return not self.layer_kind(layer).endswith("_nope")
 
 
 class Transformer(nn.Module):
     """Tokens to hidden states after the final norm, and the routing of every MoE layer in order of depth.
 
     `use_rotary` chooses the rotation and must be called before the first forward. `recompute` keeps only each block's
-    input and runs the block again in the backward pass; the routing returned is that of the first run.
+    input and what attention answered, and runs the rest of the block again in the backward pass; the routing returned
+    is that of the first run.
     """
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
@@ -102,20 +114,20 @@ class Transformer(nn.Module):
 
     def use_rotary(self, spec: RotarySpec) -> None:
         """Rotate queries and keys as `spec` says from the next forward on."""
-        self.rotary = Rotary(spec, self.settings.channels)
+        self.rotary = Rotary(spec, self.settings.rotary_channels)
 
     def forward(
         self,
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
-        documents: Documents | None = None,
+        mask: Mask | None = None,
         cache: KVCache | None = None,
         facts: TokenFacts | None = None,
     ) -> tuple[Tensor, tuple[RoutingStats, ...]]:
         """Hidden states (B, T, D) and routing; multiply by `head_weight` for logits.
 
         positions_BT: each token's place in its document; left out: counted from the row's start, or on from the cache.
-        documents: attention stays inside them; left out: each row is one document.
+        mask: what attention may see, to which layers add their windows; left out: each row is one document.
         facts: what routers are told of the tokens; left out: their ids and places.
         """
         assert self.rotary is not None, "call use_rotary(spec) before the first forward"
@@ -124,12 +136,14 @@ class Transformer(nn.Module):
         positions_BT = places_BT if positions_BT is None else positions_BT
         facts = facts or TokenFacts(tokens_BT, places_BT)
         rotation = self.rotary.at(positions_BT)
-        mask = Mask(documents=documents)
+        mask = mask or Mask()
+        if cache is not None:
+            cache.check(mask)
         x_BTD = self.embedding(tokens_BT)
         all_routing = []
         for layer, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
-                x_BTD, routing = checkpoint(block, x_BTD, rotation, mask, facts, None, Memo(), use_reentrant=False)
+                x_BTD, routing = checkpoint(block, x_BTD, rotation, mask, facts, None, BlockMemo(), use_reentrant=False)
             else:
                 x_BTD, routing = block(x_BTD, rotation, mask, facts, None if cache is None else cache.layer(layer))
             all_routing.append(routing)
@@ -143,7 +157,8 @@ def build_model(settings: ModelSettings, vocab_size: int) -> Transformer:
 
 
 def _build_block(settings: ModelSettings, layer: int) -> Block:
-    attention = Attention(settings.attention, settings.width, window=settings.window(layer))
+    has_rotary = settings.has_rotary(layer)
+    attention = build_attention(settings.attention, settings.width, settings.window(layer), has_rotary=has_rotary)
     feed_forward = FEED_FORWARDS[settings.feed_forward_kind(layer)](settings, layer)
     return Block(attention, feed_forward, settings.width, settings.norm_epsilon)
 

@@ -146,7 +146,8 @@ def _at_least_one(count: Tensor | int) -> Tensor | int:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
-def _as_is(tensor: Tensor) -> Tensor:
+def as_is(tensor: Tensor) -> Tensor:
+    """The sum over ranks where there is one."""
     return tensor
 
 
@@ -163,9 +164,9 @@ class Cut:
     """Rows of each of this rank's micro-batches."""
     sequence_length: int
     """Tokens of a whole row."""
-    sum_over_ranks: Callable[[Tensor], Tensor] = _as_is
+    sum_over_ranks: Callable[[Tensor], Tensor] = as_is
     """Adds a tensor up over all ranks that hold parts of the step; it may work in place."""
-    sum_over_shards: Callable[[Tensor], Tensor] = _as_is
+    sum_over_shards: Callable[[Tensor], Tensor] = as_is
     """The same over the ranks that hold parts of the very rows of this rank, in the same order."""
 
 

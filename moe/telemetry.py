@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moe.balance import only_real
+from moe.balance import as_is, only_real
 from moe.router import Router
 from moe.routing import RoutingStats
 
@@ -33,6 +33,7 @@ class RoutingMeter:
         """The largest absolute logit of each rank."""
         self._first_choices: list[Tensor] = []
         self._route_again: Callable[[], Sequence[RoutingStats]] | None = None
+        self._sum_over_shards: Callable[[Tensor], Tensor] = as_is
 
     @torch.no_grad()
     def add(self, all_stats: Sequence[RoutingStats]) -> None:
@@ -54,14 +55,19 @@ class RoutingMeter:
         self.largest_W = torch.maximum(self.largest_W, largest_W)
 
     def watch(
-        self, all_stats: Sequence[RoutingStats], num_tokens: int, route_again: Callable[[], Sequence[RoutingStats]]
+        self,
+        all_stats: Sequence[RoutingStats],
+        num_tokens: int,
+        route_again: Callable[[], Sequence[RoutingStats]],
+        sum_over_shards: Callable[[Tensor], Tensor] = as_is,
     ) -> None:
         """Let `report` tell how many choices of the first `num_tokens` tokens `route_again` then leaves as they were.
 
-        `route_again` gives the stats of exactly these tokens, with the weights that the model has by then.
+        `route_again` gives the stats of exactly these tokens, with the weights that the model has by then. Where ranks
+        hold parts of the same rows, `sum_over_shards` adds up over them, and all of them have to ask for the report.
         """
         self._first_choices = [stats.selected_NK[:num_tokens].clone() for stats in all_stats]
-        self._route_again = route_again
+        self._route_again, self._sum_over_shards = route_again, sum_over_shards
 
     def tensors(self) -> list[Tensor]:
         """What a run on several ranks adds up in place (all-reduce) before it reads or updates anything."""
@@ -76,7 +82,7 @@ class RoutingMeter:
         same as a mean over layers; load_variation the load's standard deviation over its mean, a mean over layers.
         dead_experts counts real experts that nobody wanted, over all layers. dropped_share: of the rows wanted from
         real experts, those that were not computed. null_share: of all that was wanted, what null experts got.
-        choice_overlap: see `watch`; of this rank's tokens.
+        choice_overlap: see `watch`; of this rank's rows.
         """
         if self.counts_LE is None or self.sums_LE is None or self.sums_L4 is None or self.largest_W is None:
             return {}
@@ -109,7 +115,9 @@ class RoutingMeter:
     def _overlap(self, all_stats: Sequence[RoutingStats]) -> Tensor:
         """The mean over layers of the choices that stayed."""
         pairs = zip(self._first_choices, all_stats, strict=True)
-        return torch.stack([choice_overlap(old, new.selected_NK, new.logits_NE.shape[1]) for old, new in pairs]).mean()
+        sums = [overlap_sums(old, new.selected_NK, new.logits_NE.shape[1]) for old, new in pairs]
+        share_L, chose_L = self._sum_over_shards(torch.stack(sums)).unbind(dim=1)
+        return (share_L / chose_L.clamp(min=1)).mean()
 
 
 def choice_overlap(selected_a_NK: Tensor, selected_b_NK: Tensor, num_experts: int | None = None) -> Tensor:
@@ -118,11 +126,17 @@ def choice_overlap(selected_a_NK: Tensor, selected_b_NK: Tensor, num_experts: in
     The two may have different K; the share is then of the longer list. num_experts: numbers from there on are empty
     slots, and tokens that chose nothing either time are left out; without it every number is an expert.
     """
+    share, chose = overlap_sums(selected_a_NK, selected_b_NK, num_experts)
+    return share / chose.clamp(min=1)
+
+
+def overlap_sums(selected_a_NK: Tensor, selected_b_NK: Tensor, num_experts: int | None = None) -> Tensor:
+    """(shares added up, tokens that chose something): `choice_overlap` is one over the other."""
     limit = torch.iinfo(torch.int64).max if num_experts is None else num_experts
     is_same_NKK = (selected_a_NK[:, :, None] == selected_b_NK[:, None, :]) & (selected_a_NK < limit)[:, :, None]
     most_N = torch.maximum((selected_a_NK < limit).sum(dim=1), (selected_b_NK < limit).sum(dim=1))
     share_N = is_same_NKK.flatten(1).sum(dim=1) / most_N.clamp(min=1)
-    return share_N.sum() / (most_N > 0).sum().clamp(min=1)
+    return torch.stack([share_N.sum(), (most_N > 0).sum().to(share_N.dtype)])
 
 
 def _sums_4(stats: RoutingStats) -> Tensor:

@@ -1,22 +1,14 @@
-"""Expert parallelism: the ranks of a group share the experts of each layer, and are data ranks in all else."""
+"""Expert parallelism: the ranks of a group share the experts of each layer, and in nothing else are tied together."""
 
 import torch
-from pydantic import PositiveInt
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from moe.exchange import Exchange
 from moe.layer import MoE
+from parallel.mesh import ParallelSettings, build_grid, divisors
 from parallel.replicate import World
 from parallel.shard import Shard, mark_shard
-from settings import Refusal, Section
-
-
-class ParallelSettings(Section):
-    """What the ranks of a run share; in nothing here they work on the same tokens."""
-
-    expert: PositiveInt = 1
-    """So many ranks, neighbours by number, hold the experts of each layer together; 1: every rank holds them all."""
 
 
 def check_experts(settings: ParallelSettings, num_experts: int | None) -> None:
@@ -28,7 +20,7 @@ def check_experts(settings: ParallelSettings, num_experts: int | None) -> None:
             f"parallel.expert={settings.expert} shares experts, but the model has none; leave it out or give model.moe"
         )
     if num_experts % settings.expert:
-        divisor = min(_divisors(num_experts), key=lambda d: (abs(d - settings.expert), d))
+        divisor = min(divisors(num_experts), key=lambda d: (abs(d - settings.expert), d))
         more = num_experts + -num_experts % settings.expert
         raise ValueError(
             f"model.moe.num_experts={num_experts} must be divisible by parallel.expert={settings.expert};"
@@ -43,15 +35,7 @@ def expert_mesh(settings: ParallelSettings, world: World, device: torch.device) 
     """
     if settings.expert == 1:
         return None
-    if world.size % settings.expert:
-        below = max(world.size // settings.expert, 1) * settings.expert
-        divisor = min(_divisors(world.size), key=lambda d: (abs(d - settings.expert), d))
-        raise Refusal(
-            f"parallel.expert={settings.expert} does not divide the {world.size} ranks of this run; start"
-            f" {below} of them (torchrun --nproc-per-node {below}) or set parallel.expert={divisor}"
-        )
-    shape = (world.size // settings.expert, settings.expert)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replica", "expert"))
+    return build_grid("parallel.expert", settings.expert, world, device, ("replica", "expert"))
 
 
 def shard_experts(model: nn.Module, mesh: DeviceMesh | None) -> None:
@@ -71,7 +55,3 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh | None) -> None:
                 own = nn.Parameter(shard.cut(parameter.detach()).clone(), requires_grad=parameter.requires_grad)
                 mark_shard(own, shard)
                 setattr(module.experts, name, own)
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]

@@ -15,9 +15,12 @@ from moe.balance import rows_per_group
 from moe.router import evaluation_refusal
 from optim.groups import OptimizerSettings
 from optim.schedule import check_schedule, learning_rate
-from parallel.experts import ParallelSettings, check_experts
+from parallel.experts import check_experts
+from parallel.mesh import ParallelSettings
+from parallel.sequence import check_context
 from run.checkpoint import CheckpointSettings
 from run.initial import InitialSettings
+from run.plans import tell_plans, whole_documents
 from settings import Refusal, Section, load, nearest, to_toml
 
 
@@ -89,6 +92,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def check_parallel(self) -> "RunConfig":
         check_experts(self.parallel, self.model.moe.num_experts if self.model.moe else None)
+        check_context(self.parallel, self.model)
         return self
 
     @model_validator(mode="after")
@@ -111,7 +115,7 @@ class RunConfig(Section):
     def check_rotation(self) -> "RunConfig":
         for number, stage in enumerate(self.context.stages):
             try:
-                frequencies(stage.rotary, self.model.channels)
+                frequencies(stage.rotary, self.model.rotary_channels)
             except ValueError as error:
                 raise ValueError(f"context.stages.{number}.rotary: {error}") from None
         return self
@@ -135,13 +139,17 @@ def _check_divides(part: str, small: int, whole: str, large: int) -> None:
 
 
 def rows_of_step(config: RunConfig, sequence_length: int, world_size: int) -> int:
-    """Rows in a micro-batch of one rank at this length; raises Refusal where a step does not divide among the ranks."""
+    """Rows in a micro-batch of one rank at this length; raises Refusal where a step does not divide among the ranks.
+
+    world_size: ranks, or groups of them that hold their rows together.
+    """
     tokens = config.tokens_per_microbatch or max(config.tokens_per_step // world_size, 1)
     if tokens % sequence_length or config.tokens_per_step % (tokens * world_size):
         together = world_size * (config.tokens_per_microbatch or sequence_length)
         near = max(1, round(config.tokens_per_step / together)) * together
+        who = "ranks" if config.parallel.context == 1 else f"groups of parallel.context={config.parallel.context} ranks"
         raise Refusal(
-            f"tokens_per_step={config.tokens_per_step} does not divide among {world_size} ranks into micro-batches of "
+            f"tokens_per_step={config.tokens_per_step} does not divide among {world_size} {who} into micro-batches of "
             f"whole rows of {sequence_length} tokens; try tokens_per_step={near}, other ranks or another "
             f"tokens_per_microbatch (now {config.tokens_per_microbatch or 'left out'})"
         )
@@ -164,7 +172,10 @@ def load_config(path: Path | str, overrides: list[str]) -> RunConfig:
 
 
 def show(config: RunConfig) -> None:
-    """Print the resolved configuration as TOML, then its stages as a table in comments."""
+    """Print the resolved configuration as TOML, then in comments its stages and what ranks would do of a whole row."""
     print(to_toml(config))
-    for row in Stages(config.context.stages, config.tokens_per_step).rows():
+    stages = Stages(config.context.stages, config.tokens_per_step)
+    for row in stages.rows():
         print("# " + "; ".join(f"{title}: {text}" for title, text in row.items()))
+    for line in tell_plans(config.model, config.parallel, stages, whole_documents):
+        print(f"# {line}")

@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
@@ -27,8 +27,9 @@ OPTIONAL = {
     "pyarrow": "Parquet files as a source of text",
     "transformers": "tests and benchmarks against its models",
     "megatron-core": "a test that it reads our shards",
-    "flash-attn": "no backend here uses it yet",
-    "xformers": "no backend here uses it yet",
+    "flash-attn": 'attention.backend = "flash", version 2; it needs nvcc to install',
+    "flash-attn-4": 'attention.backend = "flash", version 4, on Hopper and Blackwell GPUs',
+    "xformers": 'attention.backend = "xformers"',
     "grouped_gemm": 'experts = "megablocks_grouped"; it needs nvcc to install',
     "megablocks": 'experts = "megablocks_sparse"; it needs triton below 3.2',
 }
@@ -118,9 +119,14 @@ def _ranks() -> Probe:
 
 
 def _attention() -> Probe:
-    from attention import core
+    from attention.contract import Needs
+    from attention.core import explain
+    from run.start import choose_device, choose_dtype
 
-    yield from core.explain()
+    device = choose_device("auto")
+    full = Needs(device.type, choose_dtype("auto", device), documents=True, channels=128, training=True)
+    usual = {"full layers": full, "window layers": replace(full, window=True), "softcap": replace(full, softcap=True)}
+    yield from explain(usual)
 
 
 def _experts() -> Probe:

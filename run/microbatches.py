@@ -6,17 +6,40 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from attention.mask import Documents
-from data.batches import Batch
+from context.stages import Stage, Stages
+from data.batches import Batch, Batches
 from data.rows import NO_TARGET
 from model.transformer import Transformer
 from moe.balance import Cut
 from moe.routing import RoutingStats, TokenFacts
 from moe.telemetry import RoutingMeter
+from parallel.rows import SplitBatch, mask_of
+from parallel.sequence import farthest_view
+from run.config import rows_of_step
+from run.plans import tell_plans
 from run.start import Run
 
 WATCHED_TOKENS = 1024
 """How many tokens are routed again at a step that is logged, where rows are not longer than that."""
+
+
+def tell_plan(batches: Batches, stages: Stages, run: Run) -> None:
+    """Say what holding rows on several ranks will cost in each stage, for rows like those it begins with."""
+    config = run.config
+
+    def first_rows_of(stage: Stage) -> tuple[tuple[int, ...], int]:
+        num_rows = rows_of_step(config, stage.sequence_length, batches.world_size)
+        where = (stage.index, stage.sequence_length, stage.mixture)
+        return batches.take(*where, 0, num_rows * batches.world_size, num_rows)[0].lengths, num_rows
+
+    if run.world.is_main:
+        for line in tell_plans(config.model, config.parallel, stages, first_rows_of):
+            run.say(line)
+
+
+def split(microbatches: list[Batch], run: Run) -> list[Batch]:
+    """This rank's part of micro-batches that all ranks of its group have taken."""
+    return run.row_group.split(microbatches, farthest_view(run.config.model))
 
 
 def count_tokens(microbatches: list[Batch], run: Run) -> Tensor:
@@ -27,12 +50,13 @@ def count_tokens(microbatches: list[Batch], run: Run) -> Tensor:
 
 def cut_of(microbatches: list[Batch], run: Run) -> Cut:
     """How the ranks of the run share the rows of this step."""
-    sequence_length = microbatches[0].tokens_BT.shape[1]
+    sequence_length = microbatches[0].sequence_length
     return Cut(
         num_rows=run.config.tokens_per_step // sequence_length,
         rows_of_microbatches=tuple(len(batch.tokens_BT) for batch in microbatches),
         sequence_length=sequence_length,
         sum_over_ranks=run.world.sum,
+        sum_over_shards=run.row_group.sum,
     )
 
 
@@ -40,13 +64,12 @@ def forward(model: Transformer, batch: Batch, run: Run) -> tuple[Tensor, tuple[R
     """A micro-batch through the model, in the run's precision: hidden states (B, T, D), routing of each MoE layer."""
     batch = batch.to(run.device)
     with run.autocast():
-        return model(batch.tokens_BT, batch.positions_BT, Documents(batch.lengths), facts=_facts(batch))
+        return model(batch.tokens_BT, batch.positions_BT, mask_of(batch), facts=_facts(batch))
 
 
 def _facts(batch: Batch) -> TokenFacts:
-    places_T = torch.arange(batch.tokens_BT.shape[1], device=batch.tokens_BT.device)
     is_real_BT = None if batch.num_real == batch.num_tokens else batch.is_real_BT
-    return TokenFacts(batch.tokens_BT, places_T.expand_as(batch.tokens_BT), batch.keys_B, is_real_BT)
+    return TokenFacts(batch.tokens_BT, batch.places_BT, batch.keys_B, is_real_BT)
 
 
 def watch_choices(
@@ -57,24 +80,28 @@ def watch_choices(
     Whole rows, as some routers choose within a row: one, or more of at most 1024 tokens together, and never more than
     half the step, so that a step of a single row is not watched.
     """
-    length = batch.tokens_BT.shape[1]
+    length = batch.sequence_length
     rows_of_step = run.config.tokens_per_step // length
     if all_stats and rows_of_step > 1:
         few = first_rows(batch, max(1, min(WATCHED_TOKENS // length, rows_of_step // 4)))
-        routing.watch(all_stats, few.num_tokens, lambda: forward(model, few, run)[1])
+        routing.watch(all_stats, few.num_tokens, lambda: forward(model, few, run)[1], run.row_group.sum)
 
 
 def first_rows(batch: Batch, num_rows: int) -> Batch:
-    """The first rows of a micro-batch, or all of them where there are no more."""
+    """The first rows of a micro-batch, or all of them where there are no more; of a part of one, its part of them."""
+    row_length = sum(batch.lengths) // len(batch.tokens_BT)
     tensors = {name: value[:num_rows] for name, value in vars(batch).items() if isinstance(value, Tensor)}
-    num_tokens = tensors["tokens_BT"].numel()
-    return replace(
+    num_whole = len(tensors["tokens_BT"]) * row_length
+    first = replace(
         batch,
         **tensors,
         lengths=tuple(
-            length for length, end in zip(batch.lengths, accumulate(batch.lengths), strict=True) if end <= num_tokens
+            length for length, end in zip(batch.lengths, accumulate(batch.lengths), strict=True) if end <= num_whole
         ),
         num_targets=int((tensors["labels_BT"] != NO_TARGET).sum()),
-        num_tokens=num_tokens,
+        num_tokens=tensors["tokens_BT"].numel(),
         num_real=int(tensors["is_real_BT"].sum()),
     )
+    if isinstance(first, SplitBatch):
+        return replace(first, layout=first.layout.first_rows(len(first.tokens_BT)))
+    return first

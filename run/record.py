@@ -111,7 +111,7 @@ class Recorder:
     def _count(self, microbatches: list[Batch]) -> tuple[int, float]:
         """Documents in the step and bytes of text for each target token, over all ranks."""
         labels_N = torch.cat([batch.labels_BT[batch.labels_BT >= 0] for batch in microbatches]).numpy()
-        documents = sum(len(batch.lengths) for batch in microbatches)
+        documents = sum(batch.num_documents for batch in microbatches)
         counts = torch.tensor([documents, self.tokenizer.num_bytes(labels_N), len(labels_N)], device=self.run.device)
         documents, num_bytes, targets = self.run.world.sum(counts).tolist()
         return documents, max(num_bytes, 1) / max(targets, 1)

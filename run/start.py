@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from model.size import Size
 from parallel.replicate import World
+from parallel.sequence import ALONE, RowGroup, build_row_group
 from run.config import RunConfig
 from run.environment import environment
 from run.folder import RUNS, choose_name, describe, hold, let_go, refuse_other_run
@@ -35,7 +36,14 @@ class Run:
     device: torch.device
     dtype: torch.dtype
     world: World
+    row_group: RowGroup = ALONE
+    """The ranks that this one holds rows together with."""
     stop_requested: bool = False
+
+    @property
+    def groups(self) -> World:
+        """The ranks that take rows of their own: of those that hold rows together, all count as one."""
+        return self.row_group.groups(self.world)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of every forward pass: bf16 autocast, or nothing at all in fp32."""
@@ -89,12 +97,13 @@ def start(config: RunConfig, *, fresh: bool = False) -> Run:
     if device.type == "cuda":
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
+    row_group = build_row_group(config.parallel, world, device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.threads or max(1, cores // ranks_here))
     torch.manual_seed(config.seed)
     config = config.model_copy(update={"name": choose_name(config, fresh)})
-    return Run(config, RUNS / config.name, device, choose_dtype(config.precision, device), world)
+    return Run(config, RUNS / config.name, device, choose_dtype(config.precision, device), world, row_group)
 
 
 def join_ranks(device: torch.device) -> World:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train
-from attention.mask import Documents
+from attention.mask import Documents, Mask
 from context.stages import Stages
 from data.batches import Batch, Batches
 from model.initialize import initialize
@@ -113,7 +113,7 @@ def plain_objective(model: Transformer, microbatches: list[Batch]) -> tuple[Tens
     num_targets = sum(int((batch.labels_BT >= 0).sum()) for batch in microbatches)
     objective, nats, layers = torch.zeros(()), 0.0, []
     for batch in microbatches:
-        hidden_BTD, stats = model(batch.tokens_BT, batch.positions_BT, Documents(batch.lengths))
+        hidden_BTD, stats = model(batch.tokens_BT, batch.positions_BT, Mask(documents=Documents(batch.lengths)))
         logits_NV = (hidden_BTD @ model.head_weight.T).flatten(0, 1)
         losses_N = F.cross_entropy(logits_NV, batch.labels_BT.flatten(), reduction="none", ignore_index=-100)
         objective = objective + (losses_N * batch.weights_BT.flatten()).sum() / num_targets
@@ -131,7 +131,8 @@ def test_gradients_and_loss_are_those_of_plain_torch(monkeypatch: pytest.MonkeyP
     loss = "model.moe.balance={kind = 'loss', coefficient = 0.5}"
     softmax = "model.moe.router={kind = 'softmax'}"
     cut = ("tokens_per_microbatch=512", "model.moe.z_loss=0.1")
-    config, run, model, optimizer, microbatches = ready(loss, softmax, *cut, *CLEAR)
+    growing = "model.attention.temperature={kind = 'log', length = 2}"  # with a token's place in its document
+    config, run, model, optimizer, microbatches = ready(loss, softmax, growing, *cut, *CLEAR)
     microbatches = [with_padding(batch) for batch in microbatches]
     assert len(microbatches) == 2 and microbatches[0].num_targets != microbatches[1].num_targets
     monkeypatch.setattr(optimizer, "step", lambda: None)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.recall import LETTERS, Haystack, NeedleMaker, RecallSettings, RecallSource, needle_sample
+from data.recall import LETTERS, Haystack, NeedleMaker, RecallSettings, RecallSource, needle_grid, needle_sample
 from data.rows import NO_TARGET
 from data.tokenizer import ByteTokenizer, Tokenizer, train_bpe
 from settings import Refusal
@@ -61,6 +61,29 @@ def test_sample_is_what_it_says(  # noqa: PLR0917
     assert before == round(sample.depth * room)
     if depth is not None:
         assert before == int(depth * room)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    length=st.integers(200, 1500),
+    depths=st.lists(st.floats(0, 1), min_size=1, max_size=6, unique=True),
+)
+def test_a_grid_is_one_haystack_asked_for_every_needle(seed: int, length: int, depths: list[float]) -> None:
+    samples = needle_grid(np.random.default_rng(seed), BYTES, haystack_of(BYTES), length, depths)
+    texts = [BYTES.decode(sample.tokens) for sample in samples]
+    questions = [QUESTION.search(text) for text in texts]
+    assert len(samples) == len(depths) and all(len(sample.tokens) == length for sample in samples)
+    assert len({text[: question.start()] for text, question in zip(texts, questions, strict=True)}) == 1
+    haystack_and_needles = texts[0][: questions[0].start()]
+    hidden = dict(NEEDLE.findall(haystack_and_needles))
+    assert {question[1] for question in questions} == hidden.keys() and len(hidden) == len(depths)
+    assert NEEDLE.sub("", haystack_and_needles) in TEXT
+    room = len(NEEDLE.sub("", haystack_and_needles))
+    for sample, question, depth in zip(samples, questions, depths, strict=True):
+        assert BYTES.decode(sample.tokens[sample.answer]) == question[2] == hidden[question[1]]
+        before = len(NEEDLE.sub("", haystack_and_needles.partition(f" [{question[1]}={question[2]}] ")[0]))
+        assert before == int(depth * room) == round(sample.depth * room)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])

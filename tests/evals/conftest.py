@@ -25,7 +25,7 @@ class CopyOracle(nn.Module):
         self.reach = reach
         self.head_weight = nn.Parameter(torch.eye(VOCAB))
 
-    def forward(self, tokens_BT, positions_BT=None, documents=None):
+    def forward(self, tokens_BT, positions_BT=None, mask=None):
         hidden_BTD = torch.zeros(*tokens_BT.shape, VOCAB)
         for row, tokens in enumerate(tokens_BT.tolist()):
             text = bytes(min(token, 255) for token in tokens)
@@ -47,7 +47,7 @@ class Seer(nn.Module):
         self.start = start
         self.head_weight = nn.Parameter(torch.eye(VOCAB))
 
-    def forward(self, tokens_BT, positions_BT=None, documents=None):
+    def forward(self, tokens_BT, positions_BT=None, mask=None):
         hidden_BTD = torch.zeros(*tokens_BT.shape, VOCAB)
         for row, tokens in enumerate(tokens_BT.tolist()):
             for place in range(max(self.start, 7), len(tokens)):
@@ -67,8 +67,8 @@ class RandomModel(nn.Module):
         self.experts, self.layers = experts, layers
         self.calls: list[SimpleNamespace] = []
 
-    def forward(self, tokens_BT, positions_BT=None, documents=None):
-        call = SimpleNamespace(tokens_BT=tokens_BT, positions_BT=positions_BT, documents=documents)
+    def forward(self, tokens_BT, positions_BT=None, mask=None):
+        call = SimpleNamespace(tokens_BT=tokens_BT, positions_BT=positions_BT, mask=mask)
         call.is_grad_enabled, call.is_autocast = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
         self.calls.append(call)
         hidden_BTD = self.drop(self.embedding[tokens_BT].cumsum(1) / tokens_BT.shape[1])

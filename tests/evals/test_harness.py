@@ -87,8 +87,8 @@ def test_precision_is_the_runs(models, materials):
 
 def test_a_model_that_cuts_its_prompt_is_not_scored(models, materials):
     class Cutter(models.RandomModel):
-        def forward(self, tokens_BT, positions_BT=None, documents=None):
-            return super().forward(tokens_BT[:, -8:], positions_BT, documents)
+        def forward(self, tokens_BT, positions_BT=None, mask=None):
+            return super().forward(tokens_BT[:, -8:], positions_BT, mask)
 
     with pytest.raises(AssertionError, match="gave"):
         score_rows(Cutter(), materials, some_rows())

@@ -40,11 +40,11 @@ def test_more_context_helps_who_uses_it(models, materials, haystack):
 def test_documents_do_not_see_each_other(models, materials):
     model = models.RandomModel()
     held_out.run(model, HeldOutSettings(lengths=(512,), sources=("web",)), materials, seed=0)
-    split = [call for call in model.calls if call.documents is not None]
+    split = [call for call in model.calls if call.mask.documents is not None]
     assert split, "the text has documents shorter than the window"
     for call in split:
-        assert sum(call.documents.lengths) == call.tokens_BT.numel()
-        assert int((call.positions_BT == 0).sum()) == len(call.documents.lengths)
+        assert sum(call.mask.documents.lengths) == call.tokens_BT.numel()
+        assert int((call.positions_BT == 0).sum()) == len(call.mask.documents.lengths)
 
 
 def test_every_source_by_default(models, materials):

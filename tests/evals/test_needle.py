@@ -45,8 +45,8 @@ def test_one_wrong_digit_is_a_miss(models, materials):
     class Slips(models.CopyOracle):
         """Forgets the last digit of every answer."""
 
-        def forward(self, tokens_BT, positions_BT=None, documents=None):
-            hidden_BTD, stats = super().forward(tokens_BT, positions_BT, documents)
+        def forward(self, tokens_BT, positions_BT=None, mask=None):
+            hidden_BTD, stats = super().forward(tokens_BT, positions_BT, mask)
             hidden_BTD[:, -3] = 0
             return hidden_BTD, stats
 

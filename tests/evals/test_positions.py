@@ -31,7 +31,7 @@ def test_uneven_buckets_hold_every_position_once(models, materials):
 def test_every_window_lies_in_one_document(models, materials):
     model = models.RandomModel()
     positions.run(model, PositionsSettings(length=512), materials, seed=0)
-    assert all(call.documents is None and (call.tokens_BT != 256).all() for call in model.calls)
+    assert all(call.mask.documents is None and (call.tokens_BT != 256).all() for call in model.calls)
 
 
 def test_sources_of_short_documents_are_left_out_unless_named(models, materials):

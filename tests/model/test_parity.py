@@ -25,7 +25,23 @@ SHAPE = {
     "tie_word_embeddings": False,
 }
 OURS = {"num_layers": 3, "width": 64, "attention": {"num_heads": 4, "num_kv_heads": 2}, "initial_std": 0.1}
-ATTENTION = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}
+ATTENTION = {
+    "query": "q_proj",
+    "key": "k_proj",
+    "value": "v_proj",
+    "output": "o_proj",
+    "query_norm": "q_norm",
+    "key_norm": "k_norm",
+}
+LATENT_ATTENTION = {
+    "query_down": "q_a_proj",
+    "query_norm": "q_a_layernorm",
+    "query": "q_b_proj",
+    "latent": "kv_a_proj_with_mqa",
+    "latent_norm": "kv_a_layernorm",
+    "expand": "kv_b_proj",
+    "output": "o_proj",
+}
 EXPERTS = {"num_experts": 6, "experts_per_token": 2, "expert_width": 40}
 
 
@@ -48,11 +64,10 @@ def their_weights(ours: dict[str, Tensor], num_layers: int = 3) -> dict[str, Ten
         us, them = f"blocks.{layer}.", f"model.layers.{layer}."
         theirs[them + "input_layernorm.weight"] = ours[us + "attention_norm.weight"]
         theirs[them + "post_attention_layernorm.weight"] = ours[us + "feed_forward_norm.weight"]
-        for our_name, their_name in ATTENTION.items():
-            theirs[f"{them}self_attn.{their_name}.weight"] = ours[f"{us}attention.{our_name}.weight"]
-        if us + "attention.query_norm.weight" in ours:
-            theirs[them + "self_attn.q_norm.weight"] = ours[us + "attention.query_norm.weight"]
-            theirs[them + "self_attn.k_norm.weight"] = ours[us + "attention.key_norm.weight"]
+        names = LATENT_ATTENTION if us + "attention.latent.weight" in ours else ATTENTION
+        for our_name, their_name in names.items():
+            if f"{us}attention.{our_name}.weight" in ours:
+                theirs[f"{them}self_attn.{their_name}.weight"] = ours[f"{us}attention.{our_name}.weight"]
         if us + "feed_forward.router.weight" in ours:
             theirs[them + "mlp.gate.weight"] = ours[us + "feed_forward.router.weight"]
             theirs[them + "mlp.experts.gate_up_proj"] = ours[us + "feed_forward.experts.gate_up"]
@@ -106,3 +121,20 @@ def test_head_norms_and_free_channels_equal_qwen3() -> None:
     shape = {**SHAPE, "head_dim": 24, "moe_intermediate_size": 40, "num_experts": 6, "num_experts_per_tok": 2}
     config = transformers.Qwen3MoeConfig(**shape, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
     assert_equal_logits_and_gradients(ours, transformers.Qwen3MoeForCausalLM(config))
+
+
+def test_latent_attention_equals_deepseek_v3() -> None:
+    sizes = {"query_rank": 20, "latent_rank": 24, "nope_channels": 10, "rope_channels": 6, "value_channels": 12}
+    ours = our_model(feed_forward_width=96, attention={"kind": "latent", "num_heads": 4, **sizes})
+    config = transformers.DeepseekV3Config(
+        **{**SHAPE, "num_key_value_heads": 4},
+        first_k_dense_replace=3,
+        q_lora_rank=20,
+        kv_lora_rank=24,
+        qk_nope_head_dim=10,
+        qk_rope_head_dim=6,
+        v_head_dim=12,
+        rope_interleave=False,
+        num_mtp_layers=0,
+    )
+    assert_equal_logits_and_gradients(ours, transformers.DeepseekV3ForCausalLM(config))

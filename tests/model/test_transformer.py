@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from attention.mask import Documents
+from attention.mask import Documents, Mask
+from attention.reference import Reference
+from model import transformer
+from model.block import BlockMemo
 from model.loss import cross_entropy
 from settings import Refusal
 
@@ -35,7 +38,7 @@ def test_a_future_token_never_changes_the_past(either_model) -> None:
 def test_documents_of_a_row_do_not_see_each_other(either_model) -> None:
     tokens, lengths = random_tokens(2, 40), (10, 30, 23, 17)
     positions = torch.cat([torch.arange(length) for length in lengths]).view(2, 40)
-    packed, _ = either_model(tokens, positions, Documents(lengths))
+    packed, _ = either_model(tokens, positions, Mask(documents=Documents(lengths)))
     alone = [either_model(document.unsqueeze(0))[0].squeeze(0) for document in tokens.view(-1).split(lengths)]
     torch.testing.assert_close(packed.view(80, -1), torch.cat(alone), rtol=1e-4, atol=1e-5)
     joined, _ = either_model(tokens)
@@ -62,6 +65,26 @@ def test_pattern_gives_a_window_to_the_layers_it_names(tiny_model) -> None:
 
     assert reach(["window"]) == 4 * 3
     assert reach(["window", "full"]) == 29
+
+
+def test_a_layer_without_rotation_does_not_know_positions(tiny_model) -> None:
+    tokens, positions = random_tokens(2, 24), torch.randint(1000, (2, 24), generator=torch.Generator().manual_seed(1))
+    attention = {"num_heads": 4, "num_kv_heads": 2, "window": 4}
+
+    def knows(pattern: list[str], **changes: object) -> bool:
+        model = tiny_model(num_layers=2, pattern=pattern, **changes)
+        return not torch.equal(model(tokens)[0], model(tokens, positions)[0])
+
+    assert knows(["full"]) and knows(["full_nope", "full"]) and knows(["window"], attention=attention)
+    assert not knows(["full_nope"])
+    assert not knows(["full_nope", "window_nope"], attention=attention)
+
+
+def test_a_window_without_rotation_is_still_a_window(tiny_settings) -> None:
+    attention = {"num_heads": 4, "num_kv_heads": 2, "window": 4}
+    settings = tiny_settings(pattern=["full_nope", "window_nope", "window"], attention=attention)
+    assert [settings.window(layer) for layer in range(4)] == [None, 4, 4, None]
+    assert [settings.has_rotary(layer) for layer in range(4)] == [False, False, True, False]
 
 
 def test_rotation_is_chosen_from_outside(tiny_model) -> None:
@@ -94,6 +117,33 @@ def test_recompute_gives_identical_gradients_and_counts_routing_once(tiny_model)
         assert torch.equal(stats.counts_E, stats_again.counts_E)
         assert stats.counts_E.sum() == 3 * 32 * 2
     assert all(torch.equal(grad, again) for grad, again in zip(grads, grads_again, strict=True))
+
+
+def test_recompute_attends_once_and_lets_go_of_the_answers(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention, and what ranks would send for it, is not done again; what was kept for that dies with the graph."""
+    model, tokens = tiny_model(moe=True), random_tokens(2, 33)
+    model.recompute = True
+    memos: list[BlockMemo] = []
+    forwards: list[int] = []
+
+    def watched() -> BlockMemo:
+        memos.append(BlockMemo())
+        return memos[-1]
+
+    class Counted(Reference):
+        def forward(self, *arguments):
+            forwards.append(1)
+            return super().forward(*arguments)
+
+    monkeypatch.setattr(transformer, "BlockMemo", watched)
+    for block in model.blocks:
+        monkeypatch.setattr(block.attention.attend, "backend", lambda needs: Counted())
+    loss, _ = loss_of(model, tokens)
+    assert len(forwards) == 4 and len(memos) == 4
+    assert all(memo.attention.out_BTHE is not None and memo.routing.kept for memo in memos)
+    loss.backward()
+    assert len(forwards) == 4
+    assert all(memo.attention.out_BTHE is None and memo.attention.lse_BHT is None for memo in memos)
 
 
 def test_recompute_keeps_fewer_activations(tiny_model) -> None:

@@ -1,0 +1,109 @@
+"""Context parallelism: the ranks of a group hold each row together, and attention reaches from rank to rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attention.attention import channels_per_head
+from attention.kinds import AnyAttention
+from attention.latent import LatentSettings
+from context.comm import Comm, GroupComm
+from context.methods import Split, build_method
+from context.ulysses import check_heads
+from context.volume import Heads
+from data.batches import Batch
+from model.transformer import ModelSettings, Transformer
+from parallel.mesh import ParallelSettings, SequenceSettings, build_grid
+from parallel.replicate import World
+from parallel.rows import fingerprint, split_batch
+from settings import Refusal
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """The group of ranks that this one holds rows together with."""
+
+    comm: Comm | None = None
+    """None: every rank holds whole rows, and is a group of its own."""
+    settings: SequenceSettings = field(default_factory=SequenceSettings)
+
+    @property
+    def size(self) -> int:
+        return 1 if self.comm is None else self.comm.size
+
+    def groups(self, world: World) -> World:
+        """The world with each group as one rank: what shares out a batch. Ranks of a group are neighbours."""
+        return World(world.rank // self.size, world.size // self.size, world.local_rank)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks that hold parts of the same rows."""
+        return tensor if self.comm is None else self.comm.sum(tensor)
+
+    def split(self, microbatches: Sequence[Batch], window: int | None = None) -> list[Batch]:
+        """This rank's part of micro-batches that the whole group has taken; they are whole rows where it is alone.
+
+        Raises Refusal, on every rank, where the ranks have taken different ones. window: see `split_batch`.
+        """
+        if self.comm is None:
+            return list(microbatches)
+        self.comm.check_same(fingerprint(microbatches), "the documents and tokens of a step")
+        return [split_batch(batch, self.settings, self.comm.size, self.comm.rank, window) for batch in microbatches]
+
+
+ALONE = RowGroup()
+
+
+def build_row_group(settings: ParallelSettings, world: World, device: torch.device) -> RowGroup:
+    """This rank's group of neighbours; raises Refusal, on every rank, where the ranks do not divide into groups."""
+    if settings.context == 1:
+        return ALONE
+    grid = build_grid("parallel.context", settings.context, world, device, ("data", "context"))
+    return RowGroup(GroupComm(grid.get_group("context")), settings.sequence)
+
+
+def split_attention(model: Transformer, group: RowGroup) -> None:
+    """Let every attention layer of the model reach over the group, each by the method of its kind."""
+    if group.comm is None:
+        return
+    for layer in model.modules():
+        if isinstance(layer, AnyAttention):
+            name = group.settings.full if layer.window is None else group.settings.window
+            method = build_method(name, group.comm, group.settings.ulysses)
+            layer.attend = Split(layer.attend, method)  # type: ignore[assignment]  # is called the same way
+
+
+def farthest_view(model: ModelSettings) -> int | None:
+    """How many tokens any layer of the model sees back at most; None: all."""
+    windows = [model.window(layer) for layer in range(model.num_layers)]
+    return None if None in windows else max(window for window in windows if window is not None)
+
+
+def check_context(settings: ParallelSettings, model: ModelSettings) -> None:
+    """Raise ValueError where this model's rows cannot lie on several ranks as the settings say."""
+    if settings.context == 1:
+        return
+    if model.moe is not None and model.moe.needs_whole_rows:
+        which = "model.moe.capacity" if model.moe.capacity is not None else 'model.moe.router.kind="expert_choice"'
+        raise ValueError(
+            f"parallel.context={settings.context} gives a rank only a part of a row, but {which} decides by all of it;"
+            " set parallel.context=1 or route without it"
+        )
+    heads, methods = heads_of(model), {"full": settings.sequence.full, "window": settings.sequence.window}
+    for kind in {kind.removesuffix("_nope") for kind in model.pattern}:
+        if methods[kind] == "ulysses":
+            try:
+                check_heads(heads.num_heads, heads.num_kv_heads, settings.context)
+            except Refusal as refusal:
+                raise ValueError(f'parallel.sequence.{kind}="ulysses": {refusal}') from None
+
+
+def heads_of(model: ModelSettings) -> Heads:
+    """What a layer holds of a token on each rank, and sends: bf16, as is trained at lengths where it matters."""
+    attention = model.attention
+    if isinstance(attention, LatentSettings):  # in absorbed form: one key for all heads, in which the value lies
+        channels = attention.latent_rank + attention.rope_channels
+        return Heads(attention.num_heads, 1, channels, attention.latent_rank, is_latent=True)
+    channels = channels_per_head(attention, model.width)
+    return Heads(attention.num_heads, attention.num_kv_heads, channels, channels)

@@ -1,0 +1,359 @@
+"""Ranks that hold rows together give the numbers of one rank that holds them whole: losses, gradients, routing, steps.
+
+The cases run on 2 and 4 gloo ranks (tests/ranks.py); each rank also computes the whole of it by itself.
+"""
+
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import train
+from attention.attention import Attention
+from context.local_comm import LocalComm
+from context.stages import Stages
+from context.ulysses import Ulysses
+from data.batches import Batch, Batches
+from model.initialize import initialize
+from model.transformer import Transformer, build_model
+from moe.layer import MoE
+from moe.router import Router
+from optim.groups import build_optimizer
+from parallel.apply import prepare_layers
+from parallel.experts import expert_mesh, shard_experts
+from parallel.mesh import ParallelSettings, SequenceSettings
+from parallel.replicate import World
+from parallel.sequence import RowGroup, build_row_group, check_context, farthest_view, split_attention
+from parallel.shard import shard_of
+from run.config import RunConfig, load_config, rows_of_step
+from run.microbatches import split
+from run.record import StepReport
+from run.start import Run
+from settings import Refusal
+
+TINY = Path(__file__).parents[1] / "tiny.toml"
+CPU = torch.device("cpu")
+ALONE = World()
+LOSSES = "[{kind = 'loss', coefficient = 1.0}, {kind = 'loss', scope = 'sequence', coefficient = 1.0}, " + (
+    "{kind = 'loss', scope = 'microbatch', tokens = 384, coefficient = 1.0}, {kind = 'bias', step = 1e-2}]"
+)
+MODEL = (
+    "tokens_per_step=512",
+    "tokens_per_microbatch=128",
+    "context.stages.0.sequence_length=128",
+    "model.initial_std=0.2",
+    "model.num_dense_layers=0",
+    "model.attention={num_heads = 4, num_kv_heads = 2, window = 24}",
+    "model.pattern=['full', 'window']",
+    f"model.moe.balance={LOSSES}",
+    "model.moe.z_loss=0.1",
+    "model.moe.router.jitter=0.1",
+    "optimizer.clip=1e9",
+)
+"""4 rows of 128 tokens in as many micro-batches; weights so large that all shows, and draws that depend on places."""
+LAYOUTS = ("balanced", "zigzag", "contiguous")
+METHODS = ("ring", "gather", "groupcast", "ulysses", "usp")
+
+
+def this_world() -> World:
+    return World(dist.get_rank(), dist.get_world_size(), dist.get_rank())
+
+
+def contexts() -> Iterator[int]:
+    """The sizes of groups that the ranks divide into."""
+    return (size for size in (2, 4) if dist.get_world_size() % size == 0)
+
+
+def with_documents(batch: Batch) -> Batch:
+    """The rows cut into documents of every length, the last one of some rows padding: the same wherever they lie."""
+    lengths, starts = [], []
+    for row in batch.rows_B.tolist():
+        draws, done = random.Random(row), 0
+        while done < batch.sequence_length:
+            length = min(draws.choice([1, 2, 7, 33, 70, 128]), batch.sequence_length - done)
+            lengths.append(length)
+            starts += [done] * length
+            done += length
+    positions_BT = batch.places_BT - torch.tensor(starts).view_as(batch.places_BT)
+    is_real_BT = batch.places_BT < batch.sequence_length - 7 * (batch.rows_B % 3)[:, None]
+    is_last_BT = positions_BT.roll(-1, 1) == 0
+    labels_BT = batch.labels_BT.where(is_real_BT & ~is_last_BT, -100)
+    return replace(
+        batch,
+        lengths=tuple(lengths),
+        positions_BT=positions_BT,
+        is_real_BT=is_real_BT,
+        labels_BT=labels_BT,
+        num_targets=int((labels_BT >= 0).sum()),
+        num_real=int(is_real_BT.sum()),
+    )
+
+
+@cache
+def a_folder_with_text() -> None:
+    os.chdir(tempfile.mkdtemp(dir="."))
+    letters = random.Random(1)
+    Path("words.txt").write_text("".join(letters.choice("abcdef ") for _ in range(24_000)))
+
+
+class Training:
+    """All that optimizer steps need, on this rank of `world` or as if there were no other."""
+
+    def __init__(self, world: World, *overrides: str) -> None:
+        a_folder_with_text()
+        self.config: RunConfig = load_config(TINY, [*MODEL, *overrides])
+        self.world = world
+        group = build_row_group(self.config.parallel, world, CPU)
+        self.run = Run(self.config, Path("runs/none"), CPU, torch.float32, world, group)
+        groups = self.run.groups
+        self.batches = Batches(self.config.data, seed=0, rank=groups.rank, world_size=groups.size)
+        self.stage = Stages(self.config.context.stages, self.config.tokens_per_step).at(0)
+        self.model = build_model(self.config.model, self.batches.tokenizer.vocab_size)
+        initialize(self.model, 0, CPU)
+        shard_experts(self.model, expert_mesh(self.config.parallel, world, CPU))
+        split_attention(self.model, group)
+        prepare_layers(self.model, compile=False, recompute=self.config.recompute)
+        self.model.use_rotary(self.stage.rotary)
+        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+
+    def microbatches(self, step: int) -> list[Batch]:
+        whole = train.take_step(self.batches, self.stage, 4 * step, self.config)
+        return split([with_documents(batch) for batch in whole], self.run)
+
+    def step(self, number: int) -> StepReport:
+        return train.train_step(self.model, self.optimizer, self.microbatches(number), self.config, self.run)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+
+def assert_close(name: str, ours: Tensor | float, theirs: Tensor | float, tolerance: float = 1e-5) -> None:
+    ours, theirs = torch.as_tensor(ours).double(), torch.as_tensor(theirs).double()
+    assert ours.shape == theirs.shape, f"{name}: {ours.shape}, not {theirs.shape}"
+    error = (ours - theirs).norm() / theirs.norm().clamp(min=1e-30)
+    assert error <= tolerance, f"{name}: off by {error:.2e}, relative"
+
+
+def own_slice(whole: Tensor, model: Transformer, name: str) -> Tensor:
+    shard = shard_of(model.get_parameter(name))
+    return whole if shard is None else shard.cut(whole)
+
+
+def routers(model: Transformer) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def record_of(training: Training, steps: int) -> list[tuple[StepReport, dict[str, float], dict[str, Tensor]]]:
+    """What each of the first steps says of itself, and the gradients it leaves."""
+    recorded = []
+    for number in range(steps):
+        report = training.step(number)
+        recorded.append((report, report.routing.report(), training.gradients()))
+    return recorded
+
+
+@cache
+def whole_steps(*overrides: str) -> list[tuple[StepReport, dict[str, float], dict[str, Tensor]]]:
+    return record_of(Training(ALONE, *overrides), 3)
+
+
+def check_steps(title: str, training: Training, expected: list) -> None:
+    """Losses, norms, gradients, counts and all that is told of routing are those of one rank, at each step."""
+    for number, (report, numbers, gradients) in enumerate(expected):
+        where = f"{title}, step {number}"
+        ours = training.step(number)
+        assert_close(f"{where}: loss", ours.loss, report.loss)
+        assert_close(f"{where}: norm", ours.gradient_norm, report.gradient_norm)
+        for name, gradient in training.gradients().items():
+            assert_close(f"{where}: {name}", gradient, own_slice(gradients[name], training.model, name))
+        our_numbers = ours.routing.report()
+        assert our_numbers.keys() == numbers.keys()
+        others = {"choice_overlap"} if training.run.groups.size > 1 else set()  # which tells of this group's rows
+        for name in numbers.keys() - others:
+            assert_close(f"{where}: {name}", our_numbers[name], numbers[name])
+        counts_LE, their_counts_LE = ours.routing.counts_LE, report.routing.counts_LE
+        assert counts_LE is not None and their_counts_LE is not None and torch.equal(counts_LE, their_counts_LE)
+
+
+def case_three_steps_by_each_method() -> None:
+    for method in METHODS:
+        sequence = f"{{full = '{method}', window = '{method}'}}"
+        parallel = f"parallel={{context = {dist.get_world_size()}, sequence = {sequence}}}"
+        check_steps(parallel, Training(this_world(), parallel), whole_steps())
+
+
+def case_three_steps_in_each_layout() -> None:
+    for context in contexts():
+        for layout in LAYOUTS:
+            sequence = f"{{full = 'ring', window = 'gather', layout = '{layout}', chunks_per_rank = 4}}"
+            parallel = f"parallel={{context = {context}, sequence = {sequence}}}"
+            training = Training(this_world(), parallel, "recompute=true")
+            check_steps(parallel, training, whole_steps())
+
+
+def case_three_steps_of_rows_that_do_not_divide() -> None:
+    lengths = ("context.stages.0.sequence_length=102", "context.stages.1.sequence_length=102")
+    rows = (*lengths, "tokens_per_step=408", "tokens_per_microbatch=204")
+    balance = f"model.moe.balance={LOSSES.replace('384', '306')}"
+    for context in contexts():
+        training = Training(this_world(), *rows, balance, f"parallel.context={context}")
+        check_steps(f"padded, context {context}", training, whole_steps(*rows, balance))
+
+
+def case_three_steps_with_experts_shared_too() -> None:
+    for context in contexts():
+        for expert in contexts():
+            parallel = f"parallel={{context = {context}, expert = {expert}}}"
+            training = Training(this_world(), parallel, "recompute=true")
+            layers = [module for module in training.model.modules() if isinstance(module, MoE)]
+            assert all(len(layer.experts.down) == 4 // expert for layer in layers)
+            check_steps(parallel, training, whole_steps())
+
+
+def case_three_steps_of_other_kinds_of_attention() -> None:
+    """Latent attention, which sends its latent, and a learned sink with queries that grow."""
+    heads = "num_heads = 4, window = 24"
+    latent = "kind = 'latent', latent_rank = 6, nope_channels = 4, rope_channels = 4, value_channels = 3"
+    grouped = "num_kv_heads = 2, sink = true, temperature = {kind = 'log', length = 4}"
+    for attention in (latent, grouped):
+        kind = (f"model.attention={{{heads}, {attention}}}", "model.pattern=['full_nope', 'window']")
+        for context in contexts():
+            parallel = f"parallel={{context = {context}, sequence = {{full = 'usp', window = 'ring', ulysses = 2}}}}"
+            check_steps(f"{attention}, {parallel}", Training(this_world(), *kind, parallel), whole_steps(*kind))
+
+
+def case_a_rank_with_other_documents_is_found_out() -> None:
+    """Every rank says so, and none waits."""
+    training = Training(this_world(), f"parallel.context={dist.get_world_size()}")
+    whole = [with_documents(batch) for batch in train.take_step(training.batches, training.stage, 0, training.config)]
+    if training.world.rank == 1:
+        first = whole[-1].lengths
+        whole[-1] = replace(whole[-1], lengths=(*first[:-2], first[-2] + first[-1]))
+    with pytest.raises(Refusal, match="disagree on the documents and tokens of a step: ranks 1 have"):
+        split(whole, training.run)
+    dist.barrier()
+
+
+def case_choices_looked_at_again_are_of_the_first_rows() -> None:
+    """With the weights as they were nothing changes."""
+    for context in contexts():
+        frozen = ("optimizer.learning_rate=1e-30", "model.moe.balance={kind = 'loss'}")
+        training = Training(this_world(), f"parallel.context={context}", *frozen)
+        assert training.step(0).routing.report()["choice_overlap"] == 1.0
+
+
+def case_whole_rows_are_evaluated_on_each_rank_alone() -> None:
+    """Also while no other rank does: nothing may be sent."""
+    training, alone = Training(this_world(), f"parallel.context={dist.get_world_size()}"), Training(ALONE)
+    tokens_BT = torch.arange(2 * 50).view(2, 50) % 200
+    if training.world.is_main:
+        with torch.no_grad():
+            assert torch.equal(training.model(tokens_BT)[0], alone.model(tokens_BT)[0])
+    dist.barrier()
+
+
+CASES = [name for name in globals() if name.startswith("case_")]
+
+
+@pytest.fixture(scope="module")
+def outcomes(run_on_ranks: Callable[..., dict[int, dict[str, str]]]) -> dict[int, dict[str, str]]:
+    return run_on_ranks(__file__, 2, 4)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_on_ranks(outcomes: dict[int, dict[str, str]], size: int, case: str) -> None:
+    assert outcomes[size].get(case, "it never ran") == ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.moe.capacity={factor = 1.0}"], r"parallel.context=2 .* model.moe.capacity decides by all of it"),
+        (
+            ["model.moe.router={kind = 'expert_choice', at_eval = 'token_choice'}", "model.moe.balance=[]"],
+            r'parallel.context=2 .* model.moe.router.kind="expert_choice" decides by all of it',
+        ),
+        (["parallel.sequence.full=rings"], r"parallel.sequence.full"),
+        (
+            ["parallel={context = 4, sequence = {full = 'ulysses'}}"],
+            r'parallel.sequence.full="ulysses": .*4 ranks cannot share 2 query heads and 1 key heads; use 1 or 2 ranks',
+        ),
+        (
+            [
+                "parallel={context = 3, sequence = {window = 'ulysses'}}",
+                "model.attention.window=8",
+                "model.pattern=['window_nope']",
+            ],
+            r'parallel.sequence.window="ulysses": .*3 ranks cannot share',
+        ),
+        (["parallel.sequence.layout=striped"], r"parallel.sequence.layout"),
+        (["parallel.sequence.chunks_per_rank=0"], r"chunks_per_rank"),
+    ],
+)
+def test_what_cannot_lie_on_several_ranks_is_refused_by_name(overrides: list[str], expected: str) -> None:
+    with pytest.raises(Refusal, match=expected):
+        load_config(TINY, ["parallel.context=2", *overrides])
+    if "parallel" not in overrides[0]:
+        load_config(TINY, overrides)
+
+
+def test_ulysses_asks_its_own_layers_for_heads_and_no_others() -> None:
+    load_config(TINY, ["parallel={context = 3, sequence = {window = 'ulysses'}}"])
+    load_config(TINY, ["parallel={context = 3, sequence = {full = 'usp'}}"])
+    load_config(TINY, ["parallel={context = 2, sequence = {full = 'ulysses'}}"])
+    latent = (
+        "{kind = 'latent', num_heads = 3, latent_rank = 6, nope_channels = 4, rope_channels = 4, value_channels = 3}"
+    )
+    load_config(TINY, [f"model.attention={latent}", "parallel={context = 3, sequence = {full = 'ulysses'}}"])
+
+
+@pytest.mark.parametrize(("context", "size", "divisor"), [(2, 1, 1), (4, 6, 3)])
+def test_ranks_that_do_not_divide_into_groups_are_refused(context: int, size: int, divisor: int) -> None:
+    expected = rf"parallel.context={context} does not divide the {size} ranks .* set parallel.context={divisor}"
+    with pytest.raises(Refusal, match=expected):
+        build_row_group(ParallelSettings(context=context), World(0, size), CPU)
+
+
+def test_a_step_is_shared_out_among_groups() -> None:
+    config = load_config(TINY, ["parallel.context=4", "tokens_per_microbatch=512"])
+    assert rows_of_step(config, 64, 1) == 8
+    with pytest.raises(Refusal, match=r"does not divide among 2 groups of parallel.context=4 ranks"):
+        rows_of_step(config, 64, 2)
+
+
+def test_each_layer_reaches_over_the_group_by_the_method_of_its_kind() -> None:
+    pattern = ("model.pattern=['full_nope', 'window']", "model.attention.window=8")
+    model = build_model(load_config(TINY, list(pattern)).model, 257)
+    (comm,) = LocalComm.run(1, lambda comm: comm)
+    split_attention(model, RowGroup(comm, SequenceSettings(full="usp", window="ring", ulysses=3)))
+    full, window = (
+        layer.attend.backend(layer.training_needs("cpu", torch.float32))
+        for layer in model.modules()
+        if isinstance(layer, Attention)
+    )
+    assert (full.name, window.name) == ("usp(sdpa)", "ring(sdpa)")
+    assert isinstance(full, Ulysses) and full.at_most == 3
+
+
+@pytest.mark.parametrize(("pattern", "expected"), [(["window", "window_nope"], 8), (["window", "full_nope"], None)])
+def test_rows_are_laid_out_for_the_farthest_that_a_layer_sees(pattern: list[str], expected: int | None) -> None:
+    model = load_config(TINY, [f"model.pattern={pattern}", "model.attention.window=8"]).model
+    assert farthest_view(model) == expected
+
+
+def test_a_rank_alone_keeps_its_rows() -> None:
+    group = build_row_group(ParallelSettings(), World(3, 4), CPU)
+    assert group == RowGroup() and group.size == 1
+    assert group.groups(World(3, 4)) == World(3, 4)
+    assert group.sum(torch.ones(2)).tolist() == [1, 1]
+    check_context(ParallelSettings(), load_config(TINY, ["model.moe.capacity={factor = 1.0}"]).model)
