@@ -38,7 +38,7 @@ SOFTCAPPED: dict[Kind, dict[int, Tile]] = {"key_gradients": {192: Tile(64, 64, 8
 SINGLE: dict[Kind, dict[int, Tile]] = {
     "forward": {32: Tile(64, 64, 4, 2), 192: Tile(32, 32, 4, 1), 384: Tile(32, 32, 8, 1, "ieee")},
     "key_gradients": {32: Tile(16, 64, 8, 2), 192: Tile(32, 16, 8, 1), 384: Tile(16, 32, 8, 1, "ieee")},
-    "query_gradients": {32: Tile(64, 32, 4, 2), 192: Tile(32, 16, 8, 1), 384: Tile(32, 32, 8, 1, "ieee")},
+    "query_gradients": {32: Tile(64, 32, 4, 2), 192: Tile(16, 32, 8, 1), 384: Tile(32, 32, 8, 1, "ieee")},
 }
 # Those of at most 113 KB of shared memory run two to an SM, where they have registers for it.
 CANDIDATES: dict[Kind, tuple[Tile, ...]] = {

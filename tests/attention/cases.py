@@ -7,9 +7,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attention.backends.reference import Reference
 from attention.contract import Backend, Options
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 
 
 @dataclass(frozen=True)

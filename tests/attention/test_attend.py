@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attention.attend import Kept, add_sink, attend
-from attention.blockwise import Blockwise
+from attention.backends.blockwise import Blockwise
+from attention.backends.reference import Reference
 from attention.contract import Backend, Capability, Options
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 from tests.attention.cases import Case, cases
 
 BOTH = [Reference(), Blockwise(4)]

@@ -5,10 +5,10 @@ import torch
 
 from attention.attend import Kept, attend
 from attention.attending import Attending
+from attention.backends.reference import Reference
 from attention.contract import Needs, Options
 from attention.core import BACKENDS, choose
 from attention.mask import Mask
-from attention.reference import Reference
 from settings import Refusal
 
 MASK = Mask(window=3)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from attention.attend import attend
+from attention.backends.reference import Reference
 from attention.contract import Options
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 from benchmarks.attention import measure
 from benchmarks.attention_rivals import MASKS, Heads, Ours, Problem, area_of, make_documents, on_slice, sdpa
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attention.backends.reference import Reference
 from attention.contract import PLAIN_FACTS, Needs, Options
 from attention.core import BACKENDS, choose, why_not
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 from settings import Refusal
 from tests.attention.cases import Case
 

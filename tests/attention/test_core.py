@@ -5,10 +5,10 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from attention.backends.reference import Reference
 from attention.contract import PLAIN_FACTS, Capability, Needs, Options, missing
 from attention.core import AUTO, BACKENDS, choose, explain, why_not
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 from settings import Refusal
 
 plain = Needs("cpu", torch.float32)

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attention.attend import attend
+from attention.backends.reference import Reference
 from attention.contract import Options
 from attention.function import attention
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 from settings import Refusal
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from attention.attend import attend
+from attention.backends.reference import Reference
 from attention.contract import Backend, Options
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 from context.comm import Comm
 from context.layout import Layout
 from context.methods import Method

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attention.attending import Attending
+from attention.backends.reference import Reference
 from attention.contract import Backend, Needs
 from attention.core import BACKENDS
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 from context.carrier import Carrier
 from context.comm import Comm, GroupComm
 from context.gather import Gather

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention.backends.reference import Reference
 from attention.contract import Options
 from attention.core import BACKENDS
 from attention.mask import Mask
-from attention.reference import Reference
 from context.local_comm import LocalComm
 from context.methods import METHODS, build_method
 from tests.context.over_ranks import Case, answer, expected, inputs, over_ranks, packed, share, split_case

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from attention.attend import Kept
 from attention.attending import Attending
+from attention.backends.reference import Reference
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 from context.comm import Comm, Handle
 from context.layout import Layout
 from context.local_comm import LocalComm

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from attention.backends.reference import Reference
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 from model import transformer
 from model.block import BlockMemo
 from model.loss import cross_entropy

@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from attention.backends.reference import Reference
 from attention.contract import Options
 from attention.kernels import launch
 from attention.kernels.tiles import Tile
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 from settings import Refusal
 
 SMALL = dict.fromkeys(("forward", "key_gradients", "query_gradients"), Tile(16, 16, 4, 2))

@@ -5,16 +5,16 @@ import torch
 
 pytest.importorskip("triton")
 
+from attention.backends.reference import Reference
 from attention.contract import Options
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 
 pytestmark = pytest.mark.gpu
 
 
 def errors(tensors, mask, keep=slice(None)):
     """Relative L2 errors of out, dq, dk and dv to the reference in fp64, of the tokens that are kept."""
-    from attention.triton import Triton
+    from attention.backends.triton import Triton
 
     ours, options, (q, k, v, grad) = Triton(), Options(), tensors
     out, lse = ours.forward(q, k, v, mask, options)

@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from attention.backends.reference import Reference
 from attention.contract import Options
 from attention.kernels import launch, scores
 from attention.kernels.tiles import Tile
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 from benchmarks import attention_kernels
 from benchmarks.attention_rivals import Heads
 

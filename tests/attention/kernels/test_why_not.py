@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from attention import kernels
+from attention.backends.triton import Triton
 from attention.contract import Needs, missing
-from attention.triton import Triton
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention import fused
+from attention.backends import fused
+from attention.backends.fused import Widths
+from attention.backends.rows import Kernel, backward_rows, forward_rows
 from attention.contract import Options
-from attention.fused import Widths
 from attention.mask import Documents, Mask, round_up
-from attention.rows import Kernel, backward_rows, forward_rows
 
 LONG = 64
 """Documents of at least so many tokens go to a CPU's kernel one by one: a call costs less than moving their tokens."""

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attention.aten import needs_gpu, repeat_heads, sum_heads
-from attention.band import Band, band_of
+from attention.backends.aten import needs_gpu, repeat_heads, sum_heads
+from attention.backends.band import Band, band_of
+from attention.backends.fused import Widths, backward, forward
 from attention.contract import Capability, Options
-from attention.fused import Widths, backward, forward
 from attention.mask import Mask
 
 
 class Xformers:
-    """Documents and windows by xformers' mask objects; every query head gets a key head of its own."""
+    """xformers' flash kernel by its own mask objects; every query head gets a key head of its own."""
 
     name = "xformers"
     widths = Widths(are_equal=True, multiple=8)

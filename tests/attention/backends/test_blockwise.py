@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention.blockwise import Blockwise
+from attention.backends.blockwise import Blockwise
+from attention.backends.reference import Reference
+from attention.backends.strips import strips
 from attention.contract import Options
 from attention.mask import Documents, Mask
-from attention.reference import Reference
-from attention.strips import strips
 from tests.attention.cases import Case, assert_like_reference, cases
 
 

@@ -8,11 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention import flash_libraries
-from attention.band import band_of
-from attention.contract import Options
-from attention.flash import Flash
-from attention.flash_libraries import (
+from attention.backends import flash_libraries
+from attention.backends.band import band_of
+from attention.backends.flash import Flash
+from attention.backends.flash_libraries import (
     LIBRARIES,
     FlashAttention2,
     FlashAttention3,
@@ -20,6 +19,7 @@ from attention.flash_libraries import (
     Library,
     TorchFlash,
 )
+from attention.contract import Options
 from attention.mask import Documents, Mask
 from settings import Refusal
 from tests.attention import stand_ins
@@ -123,7 +123,7 @@ def test_torch_flash_fits_the_schema_and_the_arithmetic(monkeypatch: pytest.Monk
     ops = SimpleNamespace(
         _flash_attention_forward=_flash_attention_forward, _flash_attention_backward=_flash_attention_backward
     )
-    monkeypatch.setattr("attention.aten.ops", ops)
+    monkeypatch.setattr("attention.backends.aten.ops", ops)
 
     @settings(max_examples=60, deadline=None)
     @given(cases())

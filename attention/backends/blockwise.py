@@ -7,9 +7,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from attention.backends.strips import Block, Strip, strips
 from attention.contract import Capability, Options
 from attention.mask import Mask, Places
-from attention.strips import Block, Strip, strips
 
 LONGEST_EDGE = {"cpu": 256, "cuda": 2048}
 """Queries, and keys, of a block at most: a processor wants scores that stay in its cache, a GPU large products."""

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor
 
-from attention import aten, rows
+from attention.backends import aten, rows
+from attention.backends.cudnn import Cudnn
+from attention.backends.efficient import CudaEfficient, Efficient
+from attention.backends.reference import Reference
+from attention.backends.sdpa import CudaFlash, CudaSdpa, Sdpa
 from attention.contract import Options
-from attention.cudnn import Cudnn
-from attention.efficient import CudaEfficient, Efficient
 from attention.mask import Documents, Mask
-from attention.reference import Reference
-from attention.sdpa import CudaFlash, CudaSdpa, Sdpa
 from settings import Refusal
 from tests.attention import stand_ins
 from tests.attention.cases import Case, assert_like_reference, cases

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from attention import aten
+from attention.backends import aten
+from attention.backends.efficient import CudaEfficient
+from attention.backends.fused import Widths
+from attention.backends.packed import FusedKernel, backward, forward
+from attention.backends.rows import Kernel
 from attention.contract import Capability, Options
-from attention.efficient import CudaEfficient
-from attention.fused import Widths
 from attention.mask import Mask
-from attention.packed import FusedKernel, backward, forward
-from attention.rows import Kernel
 from settings import Refusal
 
 FLASH_CHANNELS = 256
@@ -19,7 +19,7 @@ FLASH_CHANNELS = 256
 class CpuFlash:
     """The flash kernel for CPUs.
 
-    Of its traps (torch 2.11 to 2.13) none is met through `attention.rows`: it ends the process over no queries or no
+    Of its traps (torch 2.11 to 2.13) none is met through `rows.py`: it ends the process over no queries or no
     keys, puts a causal mask top-left, and says log-sum-exp 0 of a query that sees nothing.
     """
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from attention import xformers
+from attention.backends import xformers
+from attention.backends.xformers import Xformers
 from attention.mask import Mask
-from attention.xformers import Xformers
 from tests.attention import stand_ins
 from tests.attention.cases import Case, assert_like_reference, cases
 

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from attention import aten
+from attention.backends import aten
+from attention.backends.fused import Widths
+from attention.backends.packed import backward, forward
 from attention.contract import Capability, Options
-from attention.fused import Widths
 from attention.mask import Mask
-from attention.packed import backward, forward
 
 
 class CudaCudnn:

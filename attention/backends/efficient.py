@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention import aten
+from attention.backends import aten
+from attention.backends.fused import Widths
+from attention.backends.packed import backward, forward
 from attention.contract import Capability, Options
-from attention.fused import Widths
 from attention.mask import Mask
-from attention.packed import backward, forward
 
 
 class CudaEfficient:

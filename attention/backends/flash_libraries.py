@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from attention import aten
+from attention.backends import aten
 
 UNBOUNDED = -1
 """A side of a window without an end, in all libraries but flash-attn 4."""

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from attention import flex
+from attention.backends import flex
+from attention.backends.flex import Flex
+from attention.backends.reference import Reference
 from attention.contract import Needs, Options, missing
-from attention.flex import Flex
 from attention.mask import Documents, Mask
-from attention.reference import Reference
 from tests.attention.cases import Case, assert_like_reference, cases
 
 INF = float("inf")

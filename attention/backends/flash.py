@@ -5,10 +5,10 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from attention.band import Band, band_of
+from attention.backends.band import Band, band_of
+from attention.backends.flash_libraries import LIBRARIES, Library, Segments
+from attention.backends.fused import Widths, backward, forward
 from attention.contract import Capability, Options
-from attention.flash_libraries import LIBRARIES, Library, Segments
-from attention.fused import Widths, backward, forward
 from attention.mask import Mask
 from settings import Refusal
 
@@ -16,7 +16,7 @@ MAX_CHANNELS = 256
 
 
 class Flash:
-    """Documents, windows and tiles are the kernels' own: nothing is gathered, no mask is drawn."""
+    """FlashAttention 2, 3 or 4, or torch's copy of it: documents, windows and tiles by the kernel itself."""
 
     name = "flash"
     widths = Widths(are_equal=True, multiple=8)

@@ -10,12 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention import fused, packed, rows
 from attention.attend import attend
+from attention.backends import fused, packed, rows
+from attention.backends.reference import Reference
+from attention.backends.sdpa import CpuFlash, Sdpa
 from attention.contract import PLAIN, Options
 from attention.mask import Documents, Mask
-from attention.reference import Reference
-from attention.sdpa import CpuFlash, Sdpa
 from tests.attention.cases import Case, assert_like_reference, cases
 
 sdpa, reference = Sdpa(), Reference()

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
+from attention.backends.fused import Widths, backward, forward
 from attention.contract import Capability, Options
-from attention.fused import Widths, backward, forward
 from attention.mask import Mask
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Flex:
-    """Any mask, any softcap. Its backward pass runs the forward pass again: torch has no other public door to it."""
+    """torch's flex_attention: any mask, any softcap, trains on CUDA only.
+
+    Its backward pass runs the forward pass again: torch has no other public door to it.
+    """
 
     name = "flex"
     # Kernels on CUDA take heads of at least 16 channels.

@@ -1,0 +1,1 @@
+"""The ways to compute attention, one a file, and what several of them share."""
