@@ -37,7 +37,13 @@ def attend(  # noqa: PLR0917 (q, k, v and mask are what attention is about)
     kept: filled at the first call; a later call with it, a recomputation, computes nothing forward.
     needs_lse_gradient: whether the log-sum-exp carries a gradient; the backend must be able to take it.
     """
+    q_BTHC, k_BSGC, v_BSGE = map(with_channels_together, (q_BTHC, k_BSGC, v_BSGE))
     return Attend.apply(q_BTHC, k_BSGC, v_BSGE, sink_H, backend, mask, options, kept, needs_lse_gradient)
+
+
+def with_channels_together(x: Tensor) -> Tensor:
+    """The tensor, or a copy where a head's channels do not lie side by side: fused kernels would read past it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 class Attend(torch.autograd.Function):
@@ -80,6 +86,7 @@ class Attend(torch.autograd.Function):
             ctx.kept.out_BTHE = ctx.kept.lse_BHT = None
         if grad_BTHE is None:
             grad_BTHE = torch.zeros_like(out_BTHE)
+        grad_BTHE = with_channels_together(grad_BTHE)
         with _own_precision(q_BTHC):
             gradients = ctx.backend.backward(
                 grad_BTHE, q_BTHC, k_BSGC, v_BSGE, out_BTHE, lse_BHT, ctx.mask, ctx.options, grad_lse_BHT
@@ -89,7 +96,7 @@ class Attend(torch.autograd.Function):
             delta_BHT = (grad_BTHE.to(lse_BHT.dtype) * out_BTHE.to(lse_BHT.dtype)).sum(-1).transpose(1, 2)
             if grad_lse_BHT is not None:
                 delta_BHT = delta_BHT - grad_lse_BHT
-            weight_BHT = (sink_H.to(lse_BHT.dtype)[:, None] - lse_BHT).exp()
+            weight_BHT = (sink_H.to(lse_BHT.dtype)[:, None] - lse_BHT).exp().nan_to_num(0.0)
             grad_sink_H = -(weight_BHT * delta_BHT).sum(dim=(0, 2)).to(sink_H.dtype)
         return (*gradients, grad_sink_H, None, None, None, None, None)
 
@@ -119,5 +126,6 @@ def _forward(  # noqa: PLR0917 (as in the contract)
 def add_sink(out_BTHE: Tensor, lse_BHT: Tensor, sink_H: Tensor) -> tuple[Tensor, Tensor]:
     """The same attention when each head's softmax has one more score, `sink_H`, and nothing to add for it."""
     total_BHT = torch.logaddexp(lse_BHT, sink_H.to(lse_BHT.dtype)[:, None].expand_as(lse_BHT))
-    share_BTH1 = (lse_BHT - total_BHT).exp().transpose(1, 2)[..., None]
+    # Nothing seen and a sink of -inf: -inf minus -inf would be NaN.
+    share_BTH1 = (lse_BHT - total_BHT).exp().nan_to_num(0.0).transpose(1, 2)[..., None]
     return (out_BTHE * share_BTH1).to(out_BTHE.dtype), total_BHT

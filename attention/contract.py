@@ -1,5 +1,6 @@
 """What an attention backend is, what it says about itself, and what a caller asks of it."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from attention.mask import Mask
+from settings import Refusal
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,12 @@ class Options:
     """Scores become softcap * tanh(scores / softcap) after scaling; 0: they stay."""
     is_partial: bool = False
     """The answer is one part of several that are added up: out and all gradients come back in fp32 (fp64 for fp64)."""
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise Refusal(f"scale={self.scale} must be above 0 and finite; leave it out for 1 / sqrt(channels)")
+        if not 0 <= self.softcap < math.inf:
+            raise Refusal(f"softcap={self.softcap} must be above 0 and finite, or 0 for none")
 
     def scale_for(self, channels: int) -> float:
         return channels**-0.5 if self.scale is None else self.scale

@@ -34,10 +34,11 @@ def attention(
     key_cu_seqlens: the same for keys, where they differ. A query of a document without keys sees nothing.
     sink (H,): a learned score that joins every softmax and holds no value (gpt-oss). scale: 1 / sqrt(C) if left out.
     softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, section 2); 0: they stay.
-    return_lse: also the natural log-sum-exp, sink included, fp32, (B, H, T) or (H, T); it carries its gradient. A
-    query that sees nothing answers 0, with a log-sum-exp of -inf, or of the sink alone.
+    return_lse: also the natural log-sum-exp, sink included, fp32 (fp64 for fp64), (B, H, T) or (H, T), with its
+    gradient. A query that sees nothing answers 0, with a log-sum-exp of -inf, or of the sink alone.
     backend: a name of `attention.core.BACKENDS`, which is used or refused. Raises Refusal for shapes that do not fit.
     """
+    _check_types(q, k, v, mask, sink, backend)
     is_packed = q.ndim == 3
     q, k, v = (x[None] if is_packed else x for x in (q, k, v))
     _check(q, k, v, sink)
@@ -70,18 +71,37 @@ def _of_part(
     return whole, lse_HN.unflatten(1, (B, T)).transpose(0, 1)
 
 
+def _check_types(  # noqa: PLR0917 (what a caller gave)
+    q: object, k: object, v: object, mask: object, sink: object, backend: object
+) -> None:
+    for name, given in (("q", q), ("k", k), ("v", v), ("sink", sink)):
+        if not isinstance(given, Tensor) and (name != "sink" or given is not None):
+            raise Refusal(f"{name} is of type {type(given).__name__}; give a torch.Tensor")
+    if not isinstance(mask, Mask):
+        raise Refusal(f"mask is of type {type(mask).__name__}; give an attention.mask.Mask")
+    if not isinstance(backend, str):
+        raise Refusal(f"backend={backend!r} must be a name, such as 'auto'")
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if {x.ndim for x in (q, k, v)} != {4}:
         raise Refusal(f"{shapes}: give (B, T, H, C), or (T, H, C) for all three")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise Refusal(f"{shapes}: k and v must agree in all but channels, q and k in rows and channels")
+    if not q.shape[3] or not v.shape[3]:
+        raise Refusal(f"{shapes}: a head needs at least one channel")
     if not k.shape[2] or q.shape[2] % k.shape[2]:
         raise Refusal(f"{shapes}: the key heads must divide the query heads")
     if len({(x.dtype, x.device) for x in (q, k, v)}) > 1:
-        raise Refusal(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype} on {q.device}, {k.device} and {v.device}")
+        raise Refusal(
+            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype} on {q.device}, {k.device} and {v.device}; bring them to"
+            " one dtype and device"
+        )
     if sink is not None and sink.shape != q.shape[2:3]:
         raise Refusal(f"sink has shape {tuple(sink.shape)}; one score for each of the {q.shape[2]} query heads")
+    if sink is not None and sink.device != q.device:
+        raise Refusal(f"sink is on {sink.device}, q on {q.device}; bring them to one device")
 
 
 @lru_cache

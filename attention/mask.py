@@ -42,6 +42,9 @@ class Documents:
     _on_device: dict[tuple[str, str], object] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lengths", tuple(self.lengths))
+        if any(not isinstance(length, int) for length in self.lengths):
+            raise Refusal(f"documents of lengths {_short(self.lengths)}: lengths are whole numbers of tokens")
         if not self.lengths or min(self.lengths) < 1:
             raise Refusal(
                 f"documents of lengths {_short(self.lengths)}: every document needs at least one token; drop empty ones"
@@ -143,7 +146,11 @@ def round_up(lengths: np.ndarray) -> np.ndarray:
 
 def lengths_between(cu_seqlens: Tensor | Sequence[int], name: str = "cu_seqlens") -> list[int]:
     """The lengths of documents, of empty ones too, from 0 and where each of them ends."""
+    if not isinstance(cu_seqlens, Tensor | Sequence):
+        raise Refusal(f"{name} is of type {type(cu_seqlens).__name__}; give a sequence or a tensor of whole numbers")
     ends = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+    if any(not isinstance(end, int) for end in ends):
+        raise Refusal(f"{name}={_short(ends)}: give whole numbers of tokens")
     if ends[:1] != [0] or any(after < before for before, after in pairwise(ends)):
         raise Refusal(f"{name}={_short(ends)}: give 0, then where each document ends, none before the one before it")
     return [after - before for before, after in pairwise(ends)]
@@ -181,6 +188,7 @@ class Mask:
     """Where a row is one document and a tile of a larger mask is meant: the key that query 0 stands at, any integer."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.window is not None and self.window < 1:
             raise Refusal(f"window={self.window}: a token sees at least itself; use 1 or more, or leave it out")
         if self.window is not None and not self.is_causal:
@@ -202,6 +210,15 @@ class Mask:
                 f"documents and key_documents must be as many, not {len(self.documents.lengths)} and "
                 f"{len(self.key_documents.lengths)}; leave out documents that have no queries or no keys"
             )
+
+    def _check_types(self) -> None:
+        counts = {"window": self.window, "first_tokens": self.first_tokens, "offset": self.offset}
+        for name, count in (*counts.items(), *(("prefix", number) for number in self.prefixes)):
+            if count is not None and not isinstance(count, int):
+                raise Refusal(f"{name}={count!r} must be a whole number of tokens")
+        for name, documents in (("documents", self.documents), ("key_documents", self.key_documents)):
+            if documents is not None and not isinstance(documents, Documents):
+                raise Refusal(f"{name} is of type {type(documents).__name__}; give Documents(lengths)")
 
     @property
     def prefixes(self) -> tuple[int, ...]:

@@ -91,7 +91,13 @@ def check_context(settings: ParallelSettings, model: ModelSettings) -> None:
             " set parallel.context=1 or route without it"
         )
     heads, methods = heads_of(model), {"full": settings.sequence.full, "window": settings.sequence.window}
-    for kind in {kind.removesuffix("_nope") for kind in model.pattern}:
+    kinds = {kind.removesuffix("_nope") for kind in model.pattern}
+    if settings.sequence.ulysses is not None and "usp" not in {methods[kind] for kind in kinds}:
+        raise ValueError(
+            f'parallel.sequence.ulysses={settings.sequence.ulysses} is for method "usp", which no layer uses; leave it'
+            ' out or set parallel.sequence.full="usp"'
+        )
+    for kind in kinds:
         if methods[kind] == "ulysses":
             try:
                 check_heads(heads.num_heads, heads.num_kv_heads, settings.context)

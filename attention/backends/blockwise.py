@@ -155,6 +155,11 @@ class Work:
             queries, keys = (Places(*(x[:1] for x in places)) for places in found)
         return queries, keys
 
+    @property
+    def shared(self) -> int:
+        """How many query heads share a key head."""
+        return self.q_BTHC.shape[2] // self.num_key_heads
+
     def scaled_queries(self, strip: Strip) -> Tensor:
         return self.queries(self.q_BTHC, strip.queries) * self.scale
 
@@ -173,7 +178,7 @@ class Work:
             seen_BTS = self.mask.sees(
                 Places(*(x[:, strip.queries, None] for x in queries)), Places(*(x[:, None, block.keys] for x in keys))
             )
-            heads = (self.num_rows, self.num_key_heads, -1, *seen_BTS.shape[1:])
+            heads = (self.num_rows, self.num_key_heads, self.shared, *seen_BTS.shape[1:])
             scores_XYS.view(heads).masked_fill_(~seen_BTS[:, None, None], float("-inf"))
         return scores_XYS, slope_XYS
 
@@ -183,12 +188,12 @@ class Work:
         return (
             x_BtHC.unflatten(2, (self.num_key_heads, -1))
             .permute(0, 2, 3, 1, 4)
-            .reshape(self.num_rows * self.num_key_heads, -1, x_BTHC.shape[3])
+            .reshape(self.num_rows * self.num_key_heads, self.shared * (where.stop - where.start), x_BTHC.shape[3])
         )
 
     def put(self, into_BTHC: Tensor, where: slice, x_XYC: Tensor) -> None:
         """Write what `queries` would read."""
-        heads = (self.num_rows, self.num_key_heads, -1, where.stop - where.start, x_XYC.shape[2])
+        heads = (self.num_rows, self.num_key_heads, self.shared, where.stop - where.start, x_XYC.shape[2])
         self._rows(into_BTHC)[:, where] = x_XYC.view(heads).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def keys(self, x_BSGC: Tensor, where: slice) -> Tensor:
@@ -197,7 +202,7 @@ class Work:
 
     def key_shape(self, x_BSGC: Tensor) -> tuple[int, int, int]:
         B, S, G, C = x_BSGC.shape
-        return self.num_rows * G, B * S // max(1, self.num_rows), C
+        return self.num_rows * G, S if self.mask.documents is None else B * S, C
 
     def as_keys(self, x_XSC: Tensor, like_BSGC: Tensor) -> Tensor:
         """What was summed for keys or values, laid out and typed as an answer."""
