@@ -15,7 +15,6 @@ from attention.kernels.blocks import Rows, Work, table_of
 from attention.kernels.forward import forward_kernel
 from attention.kernels.tiles import Kind, Tile, choose, padded
 from attention.mask import Mask
-from settings import Refusal
 
 LOG2E = math.log2(math.e)
 Tiles = Mapping[Kind, Tile]
@@ -121,8 +120,6 @@ class Call:
 
     @classmethod
     def of(cls, q_BTHC: Tensor, k_BSGC: Tensor, v_BSGE: Tensor, options: Options, tiles: Tiles | None = None) -> "Call":
-        if options.scale_for(q_BTHC.shape[-1]) <= 0:
-            raise Refusal(f'scale={options.scale}: the "triton" backend needs one above 0; use backend = "blockwise"')
         return cls(flat(q_BTHC), flat(k_BSGC), flat(v_BSGE), options, tiles)
 
     def forward(self, work: Work, num_queries: int) -> tuple[Tensor, Tensor]:

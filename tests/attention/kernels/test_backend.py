@@ -10,7 +10,6 @@ from attention.contract import Options
 from attention.kernels import launch
 from attention.kernels.tiles import Tile
 from attention.mask import Documents, Mask
-from settings import Refusal
 
 SMALL = dict.fromkeys(("forward", "key_gradients", "query_gradients"), Tile(16, 16, 4, 2))
 """Smaller than any problem here, so that every loop turns and every edge is cut."""
@@ -149,9 +148,3 @@ def test_gradients_of_a_part_of_a_larger_softmax(device):
     ours = (sum(part[0] for part in parts), *(torch.cat([p[i] for p in parts], 1) for i in (1, 2)))
     for mine, theirs in zip(ours, truth, strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=1e-5)
-
-
-def test_a_scale_that_no_exponent_of_2_knows_is_refused(device):
-    q, k, v = tensors((1, 4, 4), (1, 1), (16, 16), device=device)[1:4]
-    with pytest.raises(Refusal, match=r'scale=-1.*backend = "blockwise"'):
-        launch.forward(q, k, v, Mask(), Options(scale=-1.0))
