@@ -5,7 +5,7 @@
     python -m benchmarks.kernels --sweep    on a GPU: time every candidate tile, and each kernel around the matmuls
 
 Every kernel is compiled with every tile that `moe.kernels.tiles` offers, in bf16, and with the chosen tiles in fp16 and
-fp32, at OLMoE's shape (width 2048, 64 experts of width 1024, 8 a token). A kernel fails that spills registers, that
+fp32, at OLMoE's shape (width 2048, 64 experts of width 1024, 8 a token). A kernel fails that spills more than a handful, that
 needs more than the 227 KB of shared memory of a Hopper SM, or that multiplies without tensor cores (HGMMA).
 """
 
@@ -35,6 +35,9 @@ from moe.kernels.tiles import Kind, Tile, candidates, choose, fit
 
 BANDWIDTH = 4.3e12
 """Bytes a second of a large copy on one H200."""
+SPILL_LIMIT = 16
+"""Loads and stores of local memory that a kernel may have. Compilers of one kernel differ by a handful: of heads of 256
+channels Triton 3.6 spills nothing and 3.9 up to 12, where the next smaller tile would lose Hopper's wide products."""
 SHARED_LIMIT = 227 * 1024
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -104,7 +107,7 @@ class Compiled:
 
     def wrong(self, case: Case) -> str | None:
         """What should not be, or None."""
-        if self.spills:
+        if self.spills > SPILL_LIMIT:
             return f"{self.spills} spills"
         if self.shared > SHARED_LIMIT:
             return f"{self.shared} bytes of shared memory, {SHARED_LIMIT} are there"

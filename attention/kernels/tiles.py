@@ -25,8 +25,8 @@ class Tile:
     """Of products in fp32: three TF32 products each, which keeps fp32's accuracy on tensor cores, or none there."""
 
 
-# From so many channels on, keys and values together, each padded to a power of two. All of them compile for sm_90
-# without spilling (benchmarks/attention_kernels.py); which is fastest only a sweep on a GPU can tell.
+# From so many channels on, keys and values together, each padded to a power of two. With Triton 3.6 all of them compile
+# for sm_90 without spilling (benchmarks/attention_kernels.py); which is fastest only a sweep on a GPU can tell.
 HALF: dict[Kind, dict[int, Tile]] = {
     "forward": {32: Tile(128, 128, 8, 3), 192: Tile(128, 64, 8, 3), 384: Tile(128, 64, 8, 2)},
     "key_gradients": {32: Tile(64, 128, 8, 2), 384: Tile(32, 64, 8, 2), 512: Tile(16, 64, 8, 2)},
