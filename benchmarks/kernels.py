@@ -5,8 +5,8 @@
     python -m benchmarks.kernels --sweep    on a GPU: time every candidate tile, and each kernel around the matmuls
 
 Every kernel is compiled with every tile that `moe.kernels.tiles` offers, in bf16, and with the chosen tiles in fp16 and
-fp32, at OLMoE's shape (width 2048, 64 experts of width 1024, 8 a token). A kernel fails that spills more than a handful, that
-needs more than the 227 KB of shared memory of a Hopper SM, or that multiplies without tensor cores (HGMMA).
+fp32, at OLMoE's shape (width 2048, 64 experts of width 1024, 8 a token). A kernel fails that spills more than a few,
+that needs more than the 227 KB of shared memory of a Hopper SM, or that multiplies without tensor cores (HGMMA).
 """
 
 import argparse
