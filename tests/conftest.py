@@ -2,13 +2,17 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from run import record
+from tests.words import write_words
 
 torch.set_num_threads(1)
 
@@ -18,6 +22,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to train in, with a text; signal handlers are put back afterwards."""
+    write_words(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    # Drawing takes longer than training here; a test that looks at a report puts it back.
+    monkeypatch.setattr(record, "write_report", lambda folder: folder)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,6 @@
 """Every way to attend that has a configuration trains: some steps through the loop, and its loss falls."""
 
 import json
-import random
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +10,6 @@ import train
 from model.initialize import initialize
 from model.loss import cross_entropy
 from model.transformer import build_model
-from run import record
 from run.config import load_config
 
 FOLDER = Path(__file__).parents[1] / "configs" / "attention"
@@ -38,20 +34,6 @@ SMALL = (
     "evals.needle.samples=2",
     "log={every_steps = 10, tensorboard = false}",
 )
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder with a text of few words; signal handlers are put back afterwards."""
-    words = random.Random(0)
-    stock = ["".join(words.choice("abcdefghij") for _ in range(words.randint(2, 7))) for _ in range(50)]
-    (tmp_path / "words.txt").write_text("\n\n".join(" ".join(words.choices(stock, k=300)) for _ in range(20)))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(record, "write_report", lambda folder: folder)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,9 +1,6 @@
 """Every kind of router and balance that has a configuration trains: 50 steps through the loop, and its loss falls."""
 
 import json
-import random
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +12,6 @@ from model.initialize import initialize
 from model.transformer import build_model
 from moe.router import KINDS, Router
 from moe.routing import TokenFacts
-from run import record
 from run.config import load_config
 
 FOLDER = Path(__file__).parents[1] / "configs" / "moe"
@@ -37,20 +33,6 @@ SMALL = (
     "evals.routing.tokens=512",
     "log={every_steps = 10, tensorboard = false}",
 )
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder with a text of few words; signal handlers are put back afterwards."""
-    words = random.Random(0)
-    stock = ["".join(words.choice("abcdefghij") for _ in range(words.randint(2, 7))) for _ in range(50)]
-    (tmp_path / "words.txt").write_text("\n\n".join(" ".join(words.choices(stock, k=300)) for _ in range(20)))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(record, "write_report", lambda folder: folder)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -2,13 +2,11 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +22,6 @@ from settings import Refusal
 ROOT = Path(__file__).parents[1]
 TINY = Path(__file__).parent / "tiny.toml"
 STEPS = 12
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder with a text to train on; signal handlers are put back afterwards."""
-    write_words(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    # Drawing takes longer than training here; one test below looks at the report.
-    monkeypatch.setattr(record, "write_report", lambda folder: folder)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def write_words(folder: Path) -> None:
-    words = random.Random(0)
-    stock = ["".join(words.choice("abcdefghij") for _ in range(words.randint(2, 7))) for _ in range(50)]
-    paragraphs = [" ".join(words.choice(stock) for _ in range(300)) for _ in range(40)]
-    (folder / "words.txt").write_text("\n\n".join(paragraphs))
 
 
 def tiny(*overrides: str) -> RunConfig:

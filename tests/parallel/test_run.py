@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ import train
 from run import record
 from run.config import load_config
 from run.start import refusing
+from tests.words import write_words
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).parents[1] / "tiny.toml"
@@ -27,10 +27,7 @@ SHARED = "model.moe.num_shared_experts=1"
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, a run of one process, and the same run of two ranks that share experts."""
     folder = tmp_path_factory.mktemp("shared")
-    words = random.Random(0)
-    stock = ["".join(words.choice("abcdefghij") for _ in range(words.randint(2, 7))) for _ in range(50)]
-    paragraphs = [" ".join(words.choice(stock) for _ in range(300)) for _ in range(40)]
-    (folder / "words.txt").write_text("\n\n".join(paragraphs))
+    write_words(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(record, "write_report", lambda path: path)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from run import record, start
 from run.config import RunConfig, load_config, show
 from run.record import StepReport
 from run.start import refusing
+from tests.words import write_words
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(__file__).parents[1] / "tiny.toml"
@@ -46,12 +46,6 @@ SMALL = (
     "log={every_steps = 1, tensorboard = false}",
 )
 NO_EVALS = "evals={tasks = []}"
-
-
-def write_words() -> None:
-    words = random.Random(0)
-    stock = ["".join(words.choice("abcdefghij") for _ in range(words.randint(2, 7))) for _ in range(50)]
-    Path("words.txt").write_text("\n\n".join(" ".join(words.choices(stock, k=300)) for _ in range(20)))
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -98,7 +92,7 @@ def a_shared_folder() -> None:
     dist.barrier()
     os.chdir(folder)
     if dist.get_rank() == 0:
-        write_words()
+        write_words(Path())
     dist.barrier()
 
 
@@ -171,7 +165,7 @@ def test_on_ranks(outcomes: dict[int, dict[str, str]], size: int, case: str) -> 
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(record, "write_report", lambda folder: folder)
-    write_words()
+    write_words(Path())
     return tmp_path
 
 
