@@ -1,82 +1,128 @@
-"""Rotary position: how fast each pair of channels turns, for every way of stretching a trained context.
+"""What can be said of rotary position: every way to stretch a trained context, for all layers or each kind of layer.
 
-Of each head's C channels, channel i and channel i + C/2 make a pair that turns by position * frequency_i.
+Of each head's C channels, channel i and channel i + C/2 make a pair that turns by position * frequency_i. Nothing here
+looks at how long a text is: a scaling is on because the configuration names it, and one that depends on a length
+(`dynamic`, `longrope`) carries the length or the list that it is for. `context.frequencies` has the formulae.
 """
 
-import math
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, Self
 
-import torch
-from pydantic import Field, model_validator
-from torch import Tensor
+from pydantic import BeforeValidator, Field, model_validator
 
-from settings import Refusal, Section
+from settings import Section
 
 Base = Annotated[float, Field(gt=1)]
+"""b: pair i turns b^(-2i/C) radians a position. RoFormer (arXiv 2104.09864), section 3.2.2, has 10000."""
 Factor = Annotated[float, Field(ge=1)]
+"""How many times longer the context gets."""
 Length = Annotated[int, Field(ge=1)]
+"""Tokens."""
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class DefaultRotary(Section):
-    """RoFormer: base^(-2i/C)."""
+    """RoFormer (arXiv 2104.09864): b^(-2i/C)."""
 
     kind: Literal["default"] = "default"
     base: Base
+    share: Share | None = None
+    """Only so large a share of a head's channels, its first ones, is turned; left out, all (GPT-J, GPT-NeoX). Here and
+    below; Hugging Face's `partial_rotary_factor`."""
 
 
 class LinearRotary(Section):
-    """Position interpolation: every pair turns `factor` times slower."""
+    """Position interpolation (arXiv 2306.15595): every pair turns `factor` times slower.
+
+    A window layer has nothing to gain from it: it never sees a distance that it was not trained on.
+    """
 
     kind: Literal["linear"] = "linear"
     base: Base
     factor: Factor
+    share: Share | None = None
 
 
 class NtkRotary(Section):
-    """NTK-aware: a larger base that leaves the fastest pair alone and slows the slowest `factor` times."""
+    """NTK-aware (bloc97, 2023; YaRN's section 3.1): a larger base, under which the fastest pair stays and the slowest
+    turns exactly `factor` times slower."""
 
     kind: Literal["ntk"] = "ntk"
     base: Base
     factor: Factor
+    share: Share | None = None
+
+
+class DynamicRotary(Section):
+    """Dynamic NTK (emozilla, 2023; YaRN's section 3.3) for texts of `length` tokens: the base grows with it.
+
+    Published code takes each text's own length. Here it is one number: keys that were turned before stay right.
+    """
+
+    kind: Literal["dynamic"] = "dynamic"
+    base: Base
+    factor: Factor
+    original_length: Length
+    """The sequence length the model was trained at; Hugging Face takes `max_position_embeddings` for it."""
+    length: Length
+    """The length it is for; up to the original one nothing changes."""
+    share: Share | None = None
 
 
 class YarnRotary(Section):
-    """YaRN: pairs that turn often within the trained length keep their speed, slow ones are interpolated."""
+    """YaRN (arXiv 2309.00071): pairs that turn often within the trained length keep their speed, slow ones are
+    interpolated, and scores are sharpened."""
 
     kind: Literal["yarn"] = "yarn"
     base: Base
     factor: Factor
     original_length: Length
     """The sequence length the model was trained at, before it is stretched."""
-    beta_fast: float = Field(default=32.0, gt=0)
+    beta_fast: Positive = 32.0
     """Turns within the original length above which a pair is kept."""
-    beta_slow: float = Field(default=1.0, gt=0)
+    beta_slow: Positive = 1.0
     """Turns within the original length below which a pair is slowed by the whole factor."""
     ramp: Literal["index", "rotations"] = "index"
     """Between the two: linear in the pair's index, as published models do, or in its turns, as the paper writes."""
     truncate: bool = True
-    """Whether the ends of the index ramp are rounded outwards to whole indices."""
-    attention_factor: float | None = Field(default=None, gt=0)
-    """Multiplies cos and sin; left out: 0.1 ln(factor) + 1."""
+    """Whether the ends of the index ramp are rounded outwards to whole indices; gpt-oss has false."""
+    attention_factor: Positive | None = None
+    """Multiplies cos and sin, so scores by its square; left out: 0.1 ln(factor) + 1 (equation 22)."""
+    mscale: Positive | None = None
+    """With the next key, DeepSeek's attention factor: (0.1 mscale ln(factor) + 1) over the same with it.
+    Their latent attention multiplies scores by the square of what is below the line besides; ours multiplies all of a
+    score by the square of its attention factor, so give that number as attention_factor there."""
+    mscale_all_dim: Positive | None = None
+    share: Share | None = None
 
     @model_validator(mode="after")
-    def _betas_in_order(self) -> Self:
+    def _keys_agree(self) -> Self:
         if self.beta_fast <= self.beta_slow:
             raise ValueError(f"beta_fast={self.beta_fast} must be above beta_slow={self.beta_slow}; were they swapped?")
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            raise ValueError("mscale and mscale_all_dim mean something together only: give both, or neither")
+        if self.mscale is not None and self.attention_factor is not None:
+            raise ValueError(
+                f"attention_factor={self.attention_factor} leaves mscale={self.mscale} nothing to say: give one of them"
+            )
+        if not self.truncate and self.ramp == "rotations":
+            raise ValueError('truncate=false is about the index ramp; leave it out, or use ramp = "index"')
         return self
 
 
 class Llama3Rotary(Section):
-    """Llama 3.1: as YaRN with the ramp linear in turns, between 1 and 4 of them, and no attention factor."""
+    """Llama 3.1 (arXiv 2407.21783; its reference code): YaRN's ramp in turns, between 1 and 4, no attention factor."""
 
     kind: Literal["llama3"] = "llama3"
     base: Base
     factor: Factor
     original_length: Length
     """The sequence length the model was trained at, before it is stretched."""
-    low_frequency_factor: float = Field(default=1.0, gt=0)
-    high_frequency_factor: float = Field(default=4.0, gt=0)
+    low_frequency_factor: Positive = 1.0
+    """Turns within the original length below which a pair is slowed by the whole factor."""
+    high_frequency_factor: Positive = 4.0
+    """Turns within the original length above which a pair is kept."""
+    share: Share | None = None
 
     @model_validator(mode="after")
     def _factors_in_order(self) -> Self:
@@ -88,178 +134,108 @@ class Llama3Rotary(Section):
         return self
 
 
+class LongRotary(Section):
+    """LongRoPE (arXiv 2402.13753): each pair is slowed by a factor of its own, that a search has found.
+
+    Published code takes `short` for texts within the original length and `long` for others. Here the list is named.
+    """
+
+    kind: Literal["longrope"] = "longrope"
+    base: Base
+    factor: Factor
+    """Longest length over the original one: what the attention factor is made of."""
+    original_length: Length = Field(ge=2)
+    """The sequence length the model was trained at, before it is stretched."""
+    short: tuple[Positive, ...] = Field(min_length=1, strict=False)  # or an array, which is what files have
+    """A factor for each pair, for texts within the original length."""
+    long: tuple[Positive, ...] = Field(min_length=1, strict=False)
+    """A factor for each pair, for longer texts."""
+    use: Literal["short", "long"]
+    """Which of the two lists is used."""
+    attention_factor: Positive | None = None
+    """Multiplies cos and sin; left out: sqrt(1 + ln(factor) / ln(original_length)), for both lists."""
+    share: Share | None = None
+
+    @model_validator(mode="after")
+    def _lists_agree(self) -> Self:
+        if len(self.short) != len(self.long):
+            raise ValueError(f"short has {len(self.short)} factors, long {len(self.long)}; give one a pair in both")
+        return self
+
+
 class AbfRotary(Section):
-    """Adjusted base frequency: the same formula with another, larger base."""
+    """Adjusted base frequency (Llama 2 Long, arXiv 2309.16039): the default's formula with another, larger base."""
 
     kind: Literal["abf"] = "abf"
     base: Base
+    share: Share | None = None
+
+
+class ProportionalRotary(Section):
+    """p-RoPE (arXiv 2410.06205): the fastest `pairs` of all pairs turn as ever, the others not at all.
+
+    Not the others' `share`: the exponents count all channels of a head.
+    """
+
+    kind: Literal["proportional"] = "proportional"
+    base: Base
+    pairs: Share
+    """Hugging Face's `partial_rotary_factor`."""
+    factor: Factor = 1.0
+    """Those that turn do so this many times slower."""
 
 
 class NoRotary(Section):
-    """No rotation at all."""
+    """No rotation at all (NoPE, arXiv 2305.19466); in a stage after others, DroPE."""
 
     kind: Literal["none"] = "none"
 
 
-RotarySpec = Annotated[
-    DefaultRotary | LinearRotary | NtkRotary | YarnRotary | Llama3Rotary | AbfRotary | NoRotary,
-    Field(discriminator="kind"),
-]
+_Spec = (
+    DefaultRotary
+    | LinearRotary
+    | NtkRotary
+    | DynamicRotary
+    | YarnRotary
+    | Llama3Rotary
+    | LongRotary
+    | AbfRotary
+    | ProportionalRotary
+    | NoRotary
+)
+
+RotarySpec = Annotated[_Spec, Field(discriminator="kind")]
+"""One rotation."""
 
 
-def frequencies(spec: RotarySpec, channels: int) -> tuple[Tensor, float]:
-    """Radians per position of each pair, fp32 (C/2,), and the factor on cos and sin. Computed in fp64, rounded once."""
-    if channels < 2 or channels % 2:
-        raise Refusal(f"rotary position turns pairs of channels: channels={channels} must be even; try {channels + 1}")
-    speeds, attention_factor = FREQUENCIES[spec.kind](spec, channels)
-    return speeds.float(), attention_factor
+class RotaryMap(Section):
+    """A rotation for each kind of layer: OLMo 3 (arXiv 2512.13961) scales full layers only, Gemma 3 has two bases.
+
+    Layers that the model's pattern calls `_nope` have none either way.
+    """
+
+    kind: Literal["by_layer"] = "by_layer"
+    """May be left out where `full` and `window` are given."""
+    full: RotarySpec
+    """Of layers that see all tokens before them."""
+    window: RotarySpec
+    """Of layers that see a window."""
 
 
-def powers(base: float, channels: int) -> Tensor:
-    """base^(-2i/C) in fp64."""
-    return base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+def _name_map(given: Any) -> Any:
+    is_map = isinstance(given, dict) and {"full", "window"} & given.keys()
+    return {"kind": "by_layer", **given} if is_map else given
 
 
-def blend(speeds: Tensor, factor: float, kept: Tensor) -> Tensor:
-    """`kept` 1: as trained; 0: slowed by the whole factor."""
-    return speeds / factor * (1 - kept) + speeds * kept
+AnyRotary = Annotated[_Spec | RotaryMap, Field(discriminator="kind"), BeforeValidator(_name_map)]
+"""One rotation for all layers, or one for each kind of layer: what a stage has."""
+
+LayerView = Literal["full", "window"]
+"""Whether a layer sees all tokens before it or a window of them."""
 
 
-def turns(speeds: Tensor, length: int) -> Tensor:
-    """How many times each pair turns within `length` tokens."""
-    return speeds * length / (2 * math.pi)
-
-
-def _plain(spec: DefaultRotary | AbfRotary, channels: int) -> tuple[Tensor, float]:
-    return powers(spec.base, channels), 1.0
-
-
-def _linear(spec: LinearRotary, channels: int) -> tuple[Tensor, float]:
-    return powers(spec.base, channels) / spec.factor, 1.0
-
-
-def _ntk(spec: NtkRotary, channels: int) -> tuple[Tensor, float]:
-    if channels == 2:
-        raise Refusal("rotary kind 'ntk' needs at least 4 channels per head; use 'linear' for 2")
-    return powers(spec.base * spec.factor ** (channels / (channels - 2)), channels), 1.0
-
-
-def _yarn(spec: YarnRotary, channels: int) -> tuple[Tensor, float]:
-    speeds = powers(spec.base, channels)
-    kept = _kept_by_index(spec, channels) if spec.ramp == "index" else _kept_by_turns(spec, speeds)
-    attention_factor = spec.attention_factor
-    if attention_factor is None:
-        attention_factor = 0.1 * math.log(spec.factor) + 1.0
-    return blend(speeds, spec.factor, kept), attention_factor
-
-
-def _kept_by_turns(spec: YarnRotary, speeds: Tensor) -> Tensor:
-    """Equations 17 to 20 of the YaRN paper."""
-    return ((turns(speeds, spec.original_length) - spec.beta_slow) / (spec.beta_fast - spec.beta_slow)).clamp(0, 1)
-
-
-def _kept_by_index(spec: YarnRotary, channels: int) -> Tensor:
-    """The ramp that published models were trained with; it differs from the paper's by up to a third."""
-    low, high = yarn_range(spec, channels)
-    ramp = (torch.arange(channels // 2, dtype=torch.float64) - low) / (high - low)
-    return 1 - ramp.clamp(0, 1)
-
-
-def yarn_range(spec: YarnRotary, channels: int) -> tuple[float, float]:
-    """The pair indices between which the index ramp falls: where a pair turns beta_fast and beta_slow times."""
-    low, high = (
-        channels * math.log(spec.original_length / (2 * math.pi * beta)) / (2 * math.log(spec.base))
-        for beta in (spec.beta_fast, spec.beta_slow)
-    )
-    if spec.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    # Clamped at channels - 1, not at the last pair: models are trained so, and the slope depends on it.
-    low, high = max(low, 0), min(high, channels - 1)
-    return low, high + 0.001 if low == high else high
-
-
-def _llama3(spec: Llama3Rotary, channels: int) -> tuple[Tensor, float]:
-    speeds = powers(spec.base, channels)
-    low, high = spec.low_frequency_factor, spec.high_frequency_factor
-    kept = ((turns(speeds, spec.original_length) - low) / (high - low)).clamp(0, 1)
-    return blend(speeds, spec.factor, kept), 1.0
-
-
-def _none(spec: NoRotary, channels: int) -> tuple[Tensor, float]:
-    return torch.zeros(channels // 2, dtype=torch.float64), 1.0
-
-
-FREQUENCIES: dict[str, Callable[[Any, int], tuple[Tensor, float]]] = {
-    "default": _plain,
-    "linear": _linear,
-    "ntk": _ntk,
-    "yarn": _yarn,
-    "llama3": _llama3,
-    "abf": _plain,
-    "none": _none,
-}
-
-
-class Rotary:
-    """Turns positions into a rotation of heads. Scaling is on because the spec says so, never because of a length."""
-
-    def __init__(self, spec: RotarySpec, channels: int) -> None:
-        self.spec = spec
-        self.frequencies, self.attention_factor = frequencies(spec, channels)
-
-    def at(self, positions_BT: Tensor) -> "Rotation":
-        """The rotation for tokens at these positions; computed once, then used by every layer."""
-        if self.spec.kind == "none":
-            return Rotation(positions_BT, None, None)
-        # fp64: at position 100,000 an fp32 angle is already off by a hundredth of a radian.
-        angles_BTP = positions_BT[..., None].double() * self.frequencies.to(positions_BT.device).double()
-        cos, sin = (table.mul_(self.attention_factor).float() for table in (angles_BTP.cos(), angles_BTP.sin()))
-        return Rotation(positions_BT, cos[:, :, None], sin[:, :, None], self.attention_factor)
-
-
-class Rotation:
-    """Turns each head's pairs of channels: first half with second half. fp32 inside, the input's dtype outside."""
-
-    def __init__(
-        self,
-        positions_BT: Tensor,
-        cos_BT1P: Tensor | None,
-        sin_BT1P: Tensor | None,
-        attention_factor: float = 1.0,
-    ) -> None:
-        """attention_factor: what cos and sin are multiplied with, for who scales what is not turned as well."""
-        self.positions_BT = positions_BT
-        self.cos_BT1P = cos_BT1P
-        self.sin_BT1P = sin_BT1P
-        self.attention_factor = attention_factor
-
-    def __call__(self, x_BTHC: Tensor) -> Tensor:
-        """(B, T, H, C) to the same shape and dtype."""
-        if self.cos_BT1P is None:
-            return x_BTHC
-        return Turn.apply(x_BTHC, self.cos_BT1P, self.sin_BT1P)
-
-
-class Turn(torch.autograd.Function):
-    """Turn pairs; the gradient is turned back by the same tables, so nothing else is kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BTHC: Tensor, cos_BT1P: Tensor, sin_BT1P: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_BT1P, sin_BT1P)
-        return turn(x_BTHC, cos_BT1P, sin_BT1P)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BTHC: Tensor) -> tuple[Tensor, None, None]:
-        cos_BT1P, sin_BT1P = ctx.saved_tensors
-        return turn(grad_BTHC, cos_BT1P, -sin_BT1P), None, None
-
-
-def turn(x_BTHC: Tensor, cos_BT1P: Tensor, sin_BT1P: Tensor) -> Tensor:
-    """(first, second) -> (first cos - second sin, second cos + first sin)."""
-    x = x_BTHC.float()
-    # Written half by half into its place: four times faster on CPUs than joining two halves.
-    turned = torch.empty_like(x)
-    (first, second), (to_first, to_second) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
-    to_first.copy_(first).mul_(cos_BT1P).addcmul_(second, sin_BT1P, value=-1)
-    to_second.copy_(second).mul_(cos_BT1P).addcmul_(first, sin_BT1P)
-    return turned.to(x_BTHC.dtype)
+def by_view(rotary: AnyRotary) -> dict[LayerView, RotarySpec]:
+    """What each kind of layer is turned by."""
+    if isinstance(rotary, RotaryMap):
+        return {"full": rotary.full, "window": rotary.window}
+    return {"full": rotary, "window": rotary}

@@ -1,68 +1,20 @@
-"""Stages: length, rotary position, mixture and learning rate as a function of the tokens seen so far."""
+"""Stages: length, rotary position, data and learning rate of every step as a function of the tokens seen so far."""
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from functools import cached_property
 
-from pydantic import Field, model_validator
+from context.growth import lengths_of, window_of
+from context.lengths import Lengths, check_length
+from context.rates import Continue, Rewarm, rate_at
+from context.rotary import AnyRotary
+from context.stage_settings import ContextSettings, StageSettings
+from context.stage_table import table_of
+from context.step_plan import StepPlan
+from settings import Refusal
 
-from context.rotary import RotarySpec
-from settings import Refusal, Section
-
-
-class Continue(Section):
-    """The run's own schedule goes on."""
-
-    kind: Literal["continue"] = "continue"
-
-
-class Rewarm(Section):
-    """The stage has a schedule of its own: up to `peak`, then down a cosine until the stage ends."""
-
-    kind: Literal["rewarm"] = "rewarm"
-    peak: float = Field(gt=0)
-    warmup_tokens: int = Field(ge=0)
-    final: float = Field(default=0.1, ge=0, le=1)
-    """Share of the peak that is left when the stage ends."""
-
-
-class StageSettings(Section):
-    """One stretch of training at one sequence length."""
-
-    until_tokens: int = Field(ge=1)
-    """Tokens of the whole run at which it ends; it ends with the step that reaches them."""
-    sequence_length: int = Field(ge=1)
-    rotary: RotarySpec
-    mixture: dict[str, float] = Field(default_factory=dict)
-    """Source to share of tokens; left out: the sources' own weights."""
-    learning_rate: Annotated[Continue | Rewarm, Field(discriminator="kind")] = Continue()
-
-    @model_validator(mode="after")
-    def _shares_make_sense(self) -> Self:
-        below = [name for name, share in self.mixture.items() if share < 0]
-        if below:
-            raise ValueError(f"mixture.{below[0]}={self.mixture[below[0]]} must not be negative; use 0 to leave it out")
-        if self.mixture and not any(self.mixture.values()):
-            raise ValueError("mixture gives every source the share 0; give one of them more, or leave the table out")
-        return self
-
-
-class ContextSettings(Section):
-    """How the context grows: one stage after the other."""
-
-    stages: tuple[StageSettings, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        for number, (before, after) in enumerate(zip(self.stages, self.stages[1:], strict=False), start=1):
-            if after.until_tokens <= before.until_tokens:
-                raise ValueError(
-                    f"stages.{number}.until_tokens={after.until_tokens} must be above stages.{number - 1}.until_tokens="
-                    f"{before.until_tokens}: it counts the tokens of the whole run"
-                )
-        return self
+__all__ = ["ContextSettings", "Continue", "Rewarm", "Stage", "StageSettings", "Stages"]
 
 
 @dataclass(frozen=True)
@@ -72,57 +24,88 @@ class Stage:
     index: int
     start_tokens: int
     until_tokens: int
+    tokens_per_step: int
     settings: StageSettings
 
     @property
     def sequence_length(self) -> int:
+        """Of its rows; where the length changes inside the stage, the one that it leads to."""
         return self.settings.sequence_length
 
     @property
-    def rotary(self) -> RotarySpec:
+    def rotary(self) -> AnyRotary:
         return self.settings.rotary
 
     @property
     def mixture(self) -> dict[str, float]:
+        """As it is written, in `settings.mixture_unit`."""
         return self.settings.mixture
 
     @property
     def num_tokens(self) -> int:
         return self.until_tokens - self.start_tokens
 
+    @property
+    def num_steps(self) -> int:
+        return self.num_tokens // self.tokens_per_step
+
+    @property
+    def key(self) -> str:
+        """Its place in the configuration."""
+        return f"context.stages.{self.index}"
+
+    @property
+    def step_key(self) -> str:
+        """Where its tokens_per_step was written."""
+        return f"{self.key}.tokens_per_step" if self.settings.tokens_per_step else "tokens_per_step"
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        """Of the rows of each step."""
+        return lengths_of(self.settings.growth, self.key, self.sequence_length, self.tokens_per_step, self.num_steps)
+
+    def step(self, number: int) -> StepPlan:
+        """Its step of that number, counted from 0."""
+        length, earlier = self.lengths.at(number)
+        return StepPlan(
+            stage=self,
+            start_tokens=self.start_tokens + number * self.tokens_per_step,
+            num_tokens=self.tokens_per_step,
+            sequence_length=length,
+            first_sample=earlier * (self.tokens_per_step // length),
+            window=window_of(self.settings.growth, length, number),
+        )
+
+    def first_steps(self) -> Iterator[StepPlan]:
+        """The first step of each length that it has, in the order they come."""
+        return (self.step(number) for number in self.lengths.first_steps())
+
+    def longest_step(self) -> StepPlan:
+        """The first step of its longest rows."""
+        return max(self.first_steps(), key=lambda step: step.sequence_length)
+
     def learning_rate(self, tokens: int) -> float | None:
         """The rate of the step that ends at `tokens`, where the stage has its own schedule; None: the run's goes on."""
-        rate = self.settings.learning_rate
-        if isinstance(rate, Continue):
-            return None
-        done = tokens - self.start_tokens
-        if done < rate.warmup_tokens:
-            return rate.peak * done / rate.warmup_tokens
-        share = min(1.0, (done - rate.warmup_tokens) / (self.num_tokens - rate.warmup_tokens))
-        return rate.peak * (rate.final + (1 - rate.final) * 0.5 * (1 + math.cos(math.pi * share)))
+        return rate_at(self.settings.learning_rate, tokens - self.start_tokens, self.num_tokens)
 
 
 class Stages:
-    """All stages of a run. Tokens per step stay the same; a stage begins at the step boundary that ended the last."""
+    """All stages of a run; a stage begins at the step boundary that ended the last."""
 
     def __init__(self, stages: Sequence[StageSettings], tokens_per_step: int) -> None:
+        """tokens_per_step: of the stages that do not say it themselves."""
         if not stages:
             raise Refusal("context.stages is empty; add at least one stage")
         if tokens_per_step < 1:
             raise Refusal(f"tokens_per_step={tokens_per_step} must be at least 1")
-        self.tokens_per_step = tokens_per_step
         self._stages: list[Stage] = []
         for index, settings in enumerate(stages):
-            check_length(index, settings.sequence_length, tokens_per_step)
+            step = settings.tokens_per_step or tokens_per_step
             start = self._stages[-1].until_tokens if self._stages else 0
-            until = -(-settings.until_tokens // tokens_per_step) * tokens_per_step
-            if until <= start:
-                raise Refusal(
-                    f"context.stages.{index}.until_tokens={settings.until_tokens} leaves the stage no step: it begins "
-                    f"at {start} tokens and a step takes {tokens_per_step}; use {start + 1} or more, or drop the stage"
-                )
-            self._stages.append(Stage(index, start, until, settings))
-            check_warmup(self._stages[-1])
+            until = start + -(-(settings.until_tokens - start) // step) * step
+            stage = Stage(index, start, until, step, settings)
+            check_stage(stage)
+            self._stages.append(stage)
 
     def __iter__(self) -> Iterator[Stage]:
         return iter(self._stages)
@@ -142,73 +125,48 @@ class Stages:
         """The stage of the step that begins after `tokens` tokens; past the end, the last stage."""
         return next((stage for stage in self._stages if tokens < stage.until_tokens), self._stages[-1])
 
-    def new_rotary(self, tokens: int) -> RotarySpec | None:
+    def new_rotary(self, tokens: int) -> AnyRotary | None:
         """The RoPE that takes over exactly after `tokens` tokens, or None where none does."""
         for before, after in itertools.pairwise(self._stages):
             if after.start_tokens == tokens and after.rotary != before.rotary:
                 return after.rotary
         return None
 
-    def first_sample(self, tokens: int) -> int:
-        """How many samples the current stage has used after `tokens` tokens: the number of its next one."""
-        if tokens < 0 or tokens % self.tokens_per_step:
-            raise Refusal(f"tokens={tokens} is not at a step boundary: steps take {self.tokens_per_step} tokens")
+    def step(self, tokens: int) -> StepPlan:
+        """The step that begins after `tokens` tokens. Raises Refusal where no step begins there."""
         stage = self.at(tokens)
-        return (tokens - stage.start_tokens) // stage.sequence_length
+        number, rest = divmod(tokens - stage.start_tokens, stage.tokens_per_step)
+        if tokens < 0 or rest:
+            raise Refusal(f"tokens={tokens} is not at a step boundary: steps take {stage.tokens_per_step} tokens")
+        return stage.step(number)
+
+    def first_steps(self) -> Iterator[StepPlan]:
+        """The first step of each length of each stage: what has to be possible before a run starts."""
+        return (step for stage in self._stages for step in stage.first_steps())
+
+    def last_step(self, tokens: int) -> StepPlan:
+        """The step that ended at `tokens` tokens; before the first one, the first."""
+        stage = self.at(max(0, tokens - 1))
+        return self.step(max(0, tokens - stage.tokens_per_step))
 
     def rows(self) -> list[dict[str, str]]:
         """The plan as a table, one row a stage, column title to text."""
-        return [
-            {
-                "stage": str(stage.index),
-                "tokens": f"{stage.start_tokens:,} to {stage.until_tokens:,}",
-                "steps": f"{stage.num_tokens // self.tokens_per_step:,}",
-                "sequence length": f"{stage.sequence_length:,}",
-                "samples a step": f"{self.tokens_per_step // stage.sequence_length:,}",
-                "rotary": in_words(stage.rotary),
-                "learning rate": in_words(stage.settings.learning_rate),
-                "mixture": ", ".join(f"{name} {share:g}" for name, share in stage.mixture.items())
-                or "as the sources say",
-            }
-            for stage in self._stages
-        ]
+        return table_of(self._stages)
 
 
-def check_length(index: int, sequence_length: int, tokens_per_step: int) -> None:
-    """Refuse a length of which a step cannot hold a whole number."""
-    if tokens_per_step % sequence_length == 0:
-        return
-    below, above = nearest_divisors(tokens_per_step, sequence_length)
-    lengths = " or ".join(str(length) for length in (below, above) if length)
-    down = tokens_per_step // sequence_length * sequence_length
-    steps = " or ".join(str(tokens) for tokens in (down, down + sequence_length) if tokens)
-    raise Refusal(
-        f"context.stages.{index}.sequence_length={sequence_length} must divide tokens_per_step={tokens_per_step}; "
-        f"try sequence_length {lengths}, or tokens_per_step {steps}"
-    )
-
-
-def nearest_divisors(number: int, value: int) -> tuple[int | None, int | None]:
-    """The nearest divisors of `number` below and above `value`."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    divisors = sorted({*small, *(number // d for d in small)})
-    below = [d for d in divisors if d < value]
-    above = [d for d in divisors if d > value]
-    return below[-1] if below else None, above[0] if above else None
-
-
-def check_warmup(stage: Stage) -> None:
-    """Refuse a warm-up that leaves its stage nothing to come down in."""
+def check_stage(stage: Stage) -> None:
+    """Refuse what could not be trained, before anything starts."""
+    check_length(f"{stage.key}.sequence_length", stage.sequence_length, stage.tokens_per_step, stage.step_key)
+    if stage.num_tokens <= 0:
+        raise Refusal(
+            f"{stage.key}.until_tokens={stage.settings.until_tokens} leaves the stage no step: it begins at "
+            f"{stage.start_tokens} tokens and a step takes {stage.tokens_per_step}; use {stage.start_tokens + 1} or "
+            "more, or drop the stage"
+        )
+    _ = stage.lengths  # refuses a growth that cannot be
     rate = stage.settings.learning_rate
     if isinstance(rate, Rewarm) and rate.warmup_tokens >= stage.num_tokens:
         raise Refusal(
-            f"context.stages.{stage.index}.learning_rate.warmup_tokens={rate.warmup_tokens} must be below the stage's "
+            f"{stage.key}.learning_rate.warmup_tokens={rate.warmup_tokens} must be below the stage's "
             f"{stage.num_tokens} tokens; try {stage.num_tokens // 10}"
         )
-
-
-def in_words(section: Section) -> str:
-    """`yarn base=10000 factor=4`: the kind and what was set."""
-    fields = section.model_dump(exclude_none=True, exclude_defaults=True)
-    kind = getattr(section, "kind", "")
-    return " ".join([kind, *(f"{name}={value:g}" for name, value in fields.items() if isinstance(value, int | float))])
