@@ -1,4 +1,4 @@
-"""`python -m data`: prepare shards, train a tokenizer, verify a prepared folder."""
+"""`python -m data`: prepare shards, say how long their documents are, verify them, train a tokenizer."""
 
 import argparse
 import sys
@@ -8,7 +8,8 @@ from pathlib import Path
 
 from data.corpus import Documents, local_python, text_documents
 from data.prepare import HELD_OUT_SHARE, prepare_or_reuse
-from data.prepared import SPLITS, Manifest, verify
+from data.prepared import SPLITS, Manifest, read_manifest, verify
+from data.shards import Shard
 from data.tokenizer import BpeSettings, ByteSettings, build_tokenizer, train_bpe
 from settings import Refusal
 
@@ -61,6 +62,18 @@ def verify_command(options: argparse.Namespace) -> None:
     print("  every file is as it was prepared")
 
 
+def lengths_command(options: argparse.Namespace) -> None:
+    """How long the documents for training are: what buckets can be made of."""
+    read_manifest(options.folder)
+    lengths = Shard(options.folder / SPLITS[0]).lengths.astype("int64")
+    tokens = int(lengths.sum())
+    print(f"{options.folder}: {len(lengths):,} documents of {tokens / max(1, len(lengths)):,.0f} tokens on average")
+    print("  tokens or more   documents   share of tokens")
+    for power in range(int(lengths.max(initial=1)).bit_length()):
+        long = lengths[lengths >= 1 << power]
+        print(f"  {1 << power:>14,}  {len(long):>10,}  {long.sum() / max(1, tokens):>16.1%}")
+
+
 def _describe(folder: Path, manifest: Manifest) -> None:
     print(f"{folder}: {manifest['source']}")
     for split in SPLITS:
@@ -96,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--vocab-size", type=int, required=True, metavar="N", help="bytes, merges and the end of text")
     one.add_argument("--max-bytes", type=int, default=64 << 20, metavar="N", help="text to learn from (default 64 MiB)")
     one.set_defaults(command=train_tokenizer_command)
+
+    one = commands.add_parser("lengths", help="how long the documents are, to choose buckets by")
+    one.add_argument("folder", metavar="FOLDER", type=Path)
+    one.set_defaults(command=lengths_command)
 
     one = commands.add_parser("verify", help="read a prepared folder whole and compare every digest")
     one.add_argument("folder", metavar="FOLDER", type=Path)

@@ -9,7 +9,7 @@ import numpy as np
 
 from data.order import permute
 
-Pack = Literal["best_fit", "concat"]
+Pack = Literal["best_fit", "concat", "decompose"]
 
 # Best fit sorts by length inside a group; groups are drawn at random so that a row's companions are not all alike.
 # A group has at least so many pieces and gives at least so many rows, as its last row is seldom full.
@@ -46,13 +46,18 @@ class Packing:
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def pieces(lengths: np.ndarray, sequence_length: int, pack: Pack = "best_fit", key: int = 0) -> Packing:
+def pieces(
+    lengths: np.ndarray, sequence_length: int, pack: Pack = "best_fit", key: int = 0, *, is_longest: bool = True
+) -> Packing:
     """Cut and pack documents of these lengths into rows; the same arguments always give the same rows.
 
     Every token stands in one row, save a document's last where it would be a piece alone: it predicts nothing, and the
-    piece before has it as label. So each piece, and each row, has a target.
+    piece before has it as label. So each piece, and each row, has a target. `decompose` gives the rows of this length
+    alone; is_longest: whether the stage has no longer ones.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
+    if pack == "decompose":
+        return decompose(lengths, sequence_length, is_longest=is_longest)
     return PACKINGS[pack](lengths, sequence_length, key)
 
 
@@ -102,6 +107,28 @@ def concat(lengths: np.ndarray, sequence_length: int, key: int) -> Packing:
         documents=order[place],
         starts=begins - (ends[place] - lengths[order[place]]),
         lengths=stops - begins,
+    )
+
+
+def decompose(lengths: np.ndarray, sequence_length: int, *, is_longest: bool = True) -> Packing:
+    """Documents cut into powers of two, longest first, one piece a row (Pouransari et al. 2024, arXiv 2405.13226).
+
+    A document of 11 tokens is a piece of 8, one of 2 and one of 1. These are the pieces of `sequence_length`, a power
+    of two: where it is the longest allowed, as many as a document holds, else one where the length's binary form has
+    it. Every piece lies inside one document, and no place is padding.
+    """
+    counts_D = lengths // sequence_length
+    if not is_longest:
+        counts_D = counts_D % 2
+    documents = np.repeat(np.arange(len(lengths)), counts_D)
+    firsts_D = np.zeros_like(lengths) if is_longest else lengths // (2 * sequence_length) * 2
+    starts = ragged_ranges(firsts_D, counts_D) * sequence_length
+    return Packing(
+        sequence_length,
+        row_offsets=np.arange(len(documents) + 1),
+        documents=documents,
+        starts=starts,
+        lengths=np.full(len(documents), sequence_length, dtype=np.int64),
     )
 
 

@@ -275,6 +275,12 @@ class RecallSource:
                 f"{self.settings.haystack!r} of {len(self.haystack)} tokens; use a longer text"
             )
 
+    def mean_document_length(self, sequence_length: int) -> float:
+        """Tokens of a sample on average over many rows of this length."""
+        lengths = np.array(self._sample_lengths(sequence_length))
+        full, left = np.divmod(sequence_length, lengths)
+        return float(sequence_length / (full + (left >= self.maker.shortest)).mean())
+
     def rows(self, numbers_R: np.ndarray, sequence_length: int, key: int) -> Rows:
         """The rows with these numbers, each cut into samples of one length; the last takes what is left over."""
         row_keys_R = counted(key, numbers_R)

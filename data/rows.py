@@ -1,7 +1,7 @@
 """Rows ready for a model: tokens, labels, loss weights, and the documents that each row is made of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -61,6 +61,24 @@ def packed_rows(packing: Packing, numbers_R: np.ndarray, shard: Shard, end_of_te
     weights = (labels != NO_TARGET).astype(np.float32)
     tokens_RT, labels_RT, weights_RT = (array.reshape(shape) for array in (tokens, labels, weights))
     return Rows(tokens_RT, labels_RT, weights_RT, lengths, counts_R + is_short_R, length - used_R)
+
+
+def joined(rows: Rows) -> Rows:
+    """Rows as one stream each: the last token of a document has the first of what stands next as its label.
+
+    So the field trains where it does not mask documents (Megatron-LM's default, nanoGPT, Hugging Face's `run_clm`): the
+    end of a text is a token like others, and what follows it is to be predicted. Padding is never a label. A document
+    that was cut ends with its row, and its own next token stays the label.
+    """
+    length = rows.tokens_RT.shape[1]
+    last = np.cumsum(rows.document_lengths) - 1
+    row, place = np.divmod(last, length)
+    labels_RT, weights_RT = rows.labels_RT.copy(), rows.weights_RT.copy()
+    is_open = place + 1 < length - rows.padding_R[row]
+    row, place = row[is_open], place[is_open]
+    labels_RT[row, place] = rows.tokens_RT[row, place + 1]
+    weights_RT[row, place] = 1.0
+    return replace(rows, labels_RT=labels_RT, weights_RT=weights_RT)
 
 
 def interleave(parts: Sequence[tuple[np.ndarray, Rows]], num_rows: int, sequence_length: int) -> Rows:

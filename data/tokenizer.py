@@ -12,6 +12,8 @@ import tiktoken
 import tokenizers
 from pydantic import Field
 
+from data.integers import IntegersSettings, IntegersTokenizer
+from data.published import PublishedSettings, PublishedTokenizer
 from settings import Refusal, Section
 
 END_OF_TEXT = "<|endoftext|>"
@@ -28,7 +30,8 @@ class BpeSettings(Section):
     """A file made by `python -m data train-tokenizer`."""
 
 
-TokenizerSettings = Annotated[ByteSettings | BpeSettings, Field(discriminator="kind")]
+AnyTokenizerSettings = ByteSettings | BpeSettings | PublishedSettings | IntegersSettings
+TokenizerSettings = Annotated[AnyTokenizerSettings, Field(discriminator="kind")]
 
 
 class Tokenizer(Protocol):
@@ -56,8 +59,12 @@ class Tokenizer(Protocol):
         ...
 
 
-def build_tokenizer(settings: ByteSettings | BpeSettings) -> Tokenizer:
-    """The tokenizer that the settings name. Raises Refusal where its file is missing or not one of ours."""
+def build_tokenizer(settings: AnyTokenizerSettings) -> Tokenizer:
+    """The tokenizer that the settings name. Raises Refusal where its file is missing or not what it should be."""
+    if isinstance(settings, PublishedSettings):
+        return PublishedTokenizer(settings)
+    if isinstance(settings, IntegersSettings):
+        return IntegersTokenizer(settings.size)
     return BpeTokenizer(Path(settings.file)) if isinstance(settings, BpeSettings) else ByteTokenizer()
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from data.batches import Batch, Batches, DataSettings
 from data.corpus import text_documents
+from data.demand import Demand
 from data.order import derive
 from data.packing import PACKINGS, Pack
 from data.prepare import prepare
@@ -77,7 +78,7 @@ def rows_of(taken: list[Batch]) -> list[tuple[bytes, ...]]:
 
 
 def test_shapes_and_dtypes(batches: Batches) -> None:
-    taken = batches.take(0, LENGTH, {}, 0, 24, 8)
+    taken = batches.take(Demand(0, LENGTH), 0, 24, 8)
     assert len(taken) == 3
     for batch in taken:
         for tensor in (batch.tokens_BT, batch.labels_BT, batch.positions_BT):
@@ -91,7 +92,7 @@ def test_shapes_and_dtypes(batches: Batches) -> None:
 
 
 def test_documents_fill_rows_and_positions_start_anew(batches: Batches) -> None:
-    for batch in batches.take(0, LENGTH, {}, 0, 64, 16):
+    for batch in batches.take(Demand(0, LENGTH), 0, 64, 16):
         ends = np.cumsum(batch.lengths)
         assert set(range(LENGTH, 16 * LENGTH + 1, LENGTH)) <= set(ends.tolist())
         expected = np.concatenate([np.arange(length) for length in batch.lengths])
@@ -111,7 +112,7 @@ def test_labels_stay_inside_documents(folder: Path, pack: str) -> None:
                 following.setdefault(document[place - 8 : place].tobytes(), set()).add(int(document[place]))
             following.setdefault(document[-8:].tobytes(), set()).add(-100)
     pieces_seen = borders = 0
-    for batch in batches.take(0, LENGTH, {"prose": 1, "code": 1}, 0, 256, 64):
+    for batch in batches.take(Demand(0, LENGTH, {"prose": 1, "code": 1}), 0, 256, 64):
         tokens, labels = batch.tokens_BT.numpy().ravel(), batch.labels_BT.numpy().ravel()
         assert np.array_equal(batch.weights_BT.numpy().ravel(), (labels != -100).astype(np.float32))
         place = 0
@@ -142,7 +143,7 @@ def test_an_epoch_has_every_token_once_and_the_next_has_another_order(folder: Pa
     num_rows = PACKINGS[pack](prepared.train.lengths, 64, key).num_rows
 
     def epoch(number: int) -> list[Batch]:
-        return batches.take(2, 64, {"prose": 1}, number * num_rows, num_rows, 1)
+        return batches.take(Demand(2, 64, {"prose": 1}), number * num_rows, num_rows, 1)
 
     first, second = rows_of(epoch(0)), rows_of(epoch(1))
     assert sorted(first) == sorted(second)
@@ -162,7 +163,7 @@ def test_every_row_has_a_target(tmp_path: Path, pack: str) -> None:
         (tmp_path / f"text/{number}.txt").write_text(chr(97 + number) * 32 * (number + 1))
     sources = {"x": {"kind": "text", "path": str(tmp_path / "text"), "held_out": 0.0}}
     table = {"sources": sources, "prepared": str(tmp_path / "prepared"), "pack": pack}
-    (batch,) = Batches(validate(table, DataSettings, "test"), seed=1).take(0, 32, {}, 0, 80, 80)
+    (batch,) = Batches(validate(table, DataSettings, "test"), seed=1).take(Demand(0, 32), 0, 80, 80)
     assert (batch.labels_BT != -100).any(dim=1).all()
 
 
@@ -177,19 +178,19 @@ def test_any_split_of_a_range_gives_the_same_rows(
     batches: Batches, first: int, splits: list[int], sequence_length: int, stage: int
 ) -> None:
     mixture = {"prose": 0.5, "needles": 0.5}
-    whole = rows_of(batches.take(stage, sequence_length, mixture, first, sum(splits), 1))
+    whole = rows_of(batches.take(Demand(stage, sequence_length, mixture), first, sum(splits), 1))
     parts: dict[int, list[tuple[bytes, ...]]] = {}
     starts = [first + sum(splits[:number]) for number in range(len(splits))]
     for start, count in reversed(list(zip(starts, splits, strict=True))):
-        parts[start] = rows_of(batches.take(stage, sequence_length, mixture, start, count, count))
+        parts[start] = rows_of(batches.take(Demand(stage, sequence_length, mixture), start, count, count))
     assert [row for start in starts for row in parts[start]] == whole
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_world_size_changes_nothing(folder: Path, batches: Batches, world_size: int) -> None:
-    alone = batches.take(0, LENGTH, {}, 40, 16, 2)
+    alone = batches.take(Demand(0, LENGTH), 40, 16, 2)
     shares = [
-        Batches(settings_of(folder), seed=1, rank=rank, world_size=world_size).take(0, LENGTH, {}, 40, 16, 2)
+        Batches(settings_of(folder), seed=1, rank=rank, world_size=world_size).take(Demand(0, LENGTH), 40, 16, 2)
         for rank in range(world_size)
     ]
     assert all(len(share) == 8 // world_size for share in shares)
@@ -199,7 +200,7 @@ def test_world_size_changes_nothing(folder: Path, batches: Batches, world_size: 
 
 def test_seed_stage_and_length_change_the_order(folder: Path, batches: Batches) -> None:
     def tokens(of: Batches, stage: int) -> bytes:
-        return of.take(stage, LENGTH, {}, 0, 8, 8)[0].tokens_BT.numpy().tobytes()
+        return of.take(Demand(stage, LENGTH), 0, 8, 8)[0].tokens_BT.numpy().tobytes()
 
     other = Batches(settings_of(folder), seed=2)
     again = Batches(settings_of(folder), seed=1)
@@ -214,7 +215,7 @@ def test_seed_stage_and_length_change_the_order(folder: Path, batches: Batches) 
 def test_sources_come_in_their_shares(
     batches: Batches, mixture: Mapping[str, float], expected: tuple[float, ...]
 ) -> None:
-    taken = batches.take(0, LENGTH, mixture, 0, 400, 100)
+    taken = batches.take(Demand(0, LENGTH, mixture), 0, 400, 100)
     counts = np.bincount(torch.cat([batch.sources_B for batch in taken]).numpy(), minlength=3)
     assert np.abs(counts / 400 - np.array(expected)).max() <= 1 / 400
     for batch in taken:
@@ -230,7 +231,7 @@ def test_held_out_text_is_never_trained_on(batches: Batches) -> None:
     names = {word.split(".")[0] for word in text.replace("prose", " prose").split()}
     assert names
     seen = set()
-    for batch in batches.take(0, 64, {"prose": 1.0}, 0, 400, 400):
+    for batch in batches.take(Demand(0, 64, {"prose": 1.0}), 0, 400, 400):
         for row in batch.tokens_BT.numpy():
             seen |= {word.split(".")[0] for word in ByteTokenizer().decode(row).split() if word.count(".") == 1}
     assert len(seen) > 20
@@ -248,12 +249,12 @@ def test_shards_source_equals_text_source(folder: Path, tmp_path: Path, batches:
     prepare(text_documents(folder / "prose"), ByteTokenizer(), tmp_path / "out", 0.1)
     sources = {"prose": {"kind": "shards", "path": str(tmp_path / "out")}}
     shards = Batches(validate({"sources": sources}, DataSettings, "test"), seed=1)
-    (ours,), (theirs,) = (of.take(0, LENGTH, {"prose": 1}, 0, 8, 8) for of in (shards, batches))
+    (ours,), (theirs,) = (of.take(Demand(0, LENGTH, {"prose": 1}), 0, 8, 8) for of in (shards, batches))
     assert torch.equal(ours.tokens_BT, theirs.tokens_BT)
 
 
 def test_to_moves_every_tensor(batches: Batches) -> None:
-    (batch,) = batches.take(0, LENGTH, {}, 0, 4, 4)
+    (batch,) = batches.take(Demand(0, LENGTH), 0, 4, 4)
     moved = batch.to("meta")
     assert {value.device.type for value in vars(moved).values() if isinstance(value, torch.Tensor)} == {"meta"}
     assert moved.lengths == batch.lengths
@@ -263,14 +264,14 @@ def test_to_moves_every_tensor(batches: Batches) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ((0, LENGTH, {"poetry": 1.0}, 0, 4, 4), r"mixture names 'poetry', which is not in data\.sources"),
-        ((0, LENGTH, {"prose": 0.0}, 0, 4, 4), "at least one positive"),
-        ((0, LENGTH, {}, 0, 6, 4), "6 samples of 128 tokens must divide into world_size=1 x 4 rows"),
+        ((Demand(0, LENGTH, {"poetry": 1.0}), 0, 4, 4), r"mixture names 'poetry', which is not in data\.sources"),
+        ((Demand(0, LENGTH, {"prose": 0.0}), 0, 4, 4), "at least one positive"),
+        ((Demand(0, LENGTH), 0, 6, 4), "6 samples of 128 tokens must divide into world_size=1 x 4 rows"),
         (
-            (0, 10**6, {"code": 1.0}, 0, 4, 4),
+            (Demand(0, 10**6, {"code": 1.0}), 0, 4, 4),
             r"data\.sources\.code: has \d+ tokens for training, less than one",
         ),
-        ((0, 64, {"needles": 1.0}, 0, 4, 4), r"data\.sources\.needles: fractions=.*give samples of 16 tokens"),
+        ((Demand(0, 64, {"needles": 1.0}), 0, 4, 4), r"data\.sources\.needles: fractions=.*give samples of 16 tokens"),
     ],
 )
 def test_impossible_requests_are_refused(batches: Batches, arguments: tuple[object, ...], match: str) -> None:

@@ -25,9 +25,33 @@ def test_from_text_to_shards_with_a_tokenizer_of_ones_own(tmp_path: Path, capsys
     assert prepared.train.num_documents == 40
 
 
+def test_lengths_of_documents_are_told_by_powers_of_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the token that ends each: one text of 4 tokens, one of 7, one of 16."""
+    (tmp_path / "text").mkdir()
+    for number, length in enumerate((3, 6, 15)):
+        (tmp_path / f"text/{number}.txt").write_text(str(number) * length)
+    assert main(["prepare", str(tmp_path / "text"), str(tmp_path / "out"), "--held-out", "0"]) == 0
+    capsys.readouterr()
+    assert main(["lengths", str(tmp_path / "out")]) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.endswith("out: 3 documents of 9 tokens on average")
+    assert [row.split() for row in rows] == [
+        ["1", "3", "100.0%"],
+        ["2", "3", "100.0%"],
+        ["4", "3", "100.0%"],
+        ["8", "1", "59.3%"],
+        ["16", "1", "59.3%"],
+    ]
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [["prepare", "nowhere", "out"], ["verify", "nowhere"], ["prepare", ".", "out", "--tokenizer", "nope.json"]],
+    [
+        ["prepare", "nowhere", "out"],
+        ["verify", "nowhere"],
+        ["lengths", "nowhere"],
+        ["prepare", ".", "out", "--tokenizer", "nope.json"],
+    ],
 )
 def test_what_can_be_mended_ends_with_two(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
