@@ -34,10 +34,15 @@ def load(path: Path | str, overrides: Sequence[str], root: type[AnySection]) -> 
 
     Raises Refusal naming the key, its value and the nearest valid key, before anything has started.
     """
+    return validate(read(path, overrides), root, str(path))
+
+
+def read(path: Path | str, overrides: Sequence[str]) -> Table:
+    """The plain table of a TOML file and what it extends, with `section.key=value` overrides, unchecked."""
     table = read_table(Path(path))
     for override in overrides:
         apply_override(table, override)
-    return validate(table, root, str(path))
+    return table
 
 
 def validate(table: Mapping[str, Any], root: type[AnySection], where: str) -> AnySection:
@@ -95,7 +100,8 @@ def replacement(old: Any, new: Any) -> Any:
 def apply_override(table: Table, override: str) -> None:
     """Apply one `section.key=value`; the value is read as TOML, and as a plain string where it is not TOML.
 
-    Items of arrays are reached by number: `context.stages.0.sequence_length=256`.
+    A table takes the place of the whole one that was there; one key of it is reached by its own path. Items of arrays
+    are reached by number: `context.stages.0.sequence_length=256`.
     """
     dotted, equals, text = override.partition("=")
     names = dotted.strip().split(".")
@@ -111,7 +117,7 @@ def apply_override(table: Table, override: str) -> None:
     last: Any = _index(place, names[-1], override) if isinstance(place, list) else names[-1]
     if not isinstance(place, dict | list):
         raise Refusal(f"override {override!r}: {'.'.join(names[:-1])} is a value, not a table")
-    place[last] = replacement(place.get(last) if isinstance(place, dict) else place[last], value)
+    place[last] = value
 
 
 def to_dict(section: Section) -> Table:

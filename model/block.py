@@ -8,7 +8,7 @@ from attention.attend import Kept
 from attention.cache import LayerCache
 from attention.kinds import AnyAttention
 from attention.mask import Mask
-from context.rotary import Rotation
+from context.rotation import Rotation
 from model.feed_forward import FeedForward
 from model.norm import RMSNorm
 from moe.layer import MoE

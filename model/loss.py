@@ -78,6 +78,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad_logits = _logits_gradient(log_probabilities, labels_N[rows], weights_N[rows]).to(hidden.dtype)
             grad_hidden_ND[rows] = grad_logits @ head
             _add_product(grad_head_VD, grad_logits.T, hidden)
+            del log_probabilities, grad_logits  # or they would stand beside the logits of the next chunk
         ctx.gradients = (grad_hidden_ND, grad_head_VD)
         plain = losses_N.sum()
         ctx.mark_non_differentiable(plain)

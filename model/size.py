@@ -1,6 +1,7 @@
 """How large a model is and how much it computes: arithmetic on its settings, nothing is built."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,14 +77,42 @@ def flops_per_token(settings: ModelSettings, vocab_size: int, sequence_length: i
     counts T keys in every layer, as an implementation computes that masks a full score matrix. Latent attention is
     counted as it is trained on whole rows, expanded.
     """
+    weights, channels = multiplied_weights(settings, vocab_size), attention_layer(settings).channels
+    if causal:
+        return 6 * weights + attention_flops_per_token(settings, (sequence_length,))
+    return 6 * (weights + channels * settings.num_layers * sequence_length)
+
+
+def multiplied_weights(settings: ModelSettings, vocab_size: int) -> int:
+    """The weights that one token is multiplied with, the head's among them."""
     size, attention = count(settings, vocab_size), attention_layer(settings)
-    head = vocab_size * settings.width
-    weights = size.active - size.embedding - size.norms - settings.num_layers * attention.vectors + head
-    keys = (
-        mean_keys(sequence_length, settings.window(layer) if causal else None, causal)
-        for layer in range(settings.num_layers)
+    return (
+        size.active
+        - size.embedding
+        - size.norms
+        - settings.num_layers * attention.vectors
+        + (vocab_size * settings.width)
     )
-    return 6 * weights + 6 * attention.channels * sum(keys)
+
+
+def attention_flops_per_token(
+    settings: ModelSettings, lengths: Sequence[int], window: int | None = None
+) -> int | float:
+    """The part that grows with what a query sees: of documents of these lengths, by one of their tokens on average.
+
+    window: how many tokens back every layer sees in training, itself included; left out, what the layer says.
+    """
+    windows = Counter(settings.window(layer) for layer in range(settings.num_layers))
+    keys = sum(
+        number * mean_keys_of_documents(lengths, min((w for w in (own, window) if w is not None), default=None))
+        for own, number in windows.items()
+    )
+    return 6 * attention_layer(settings).channels * keys
+
+
+def mean_keys_of_documents(lengths: Sequence[int], window: int | None) -> float:
+    """How many keys a query sees on average where each document is attended to alone."""
+    return sum(n * number * mean_keys(n, window) for n, number in Counter(lengths).items()) / sum(lengths)
 
 
 def mean_keys(sequence_length: int, window: int | None, causal: bool = True) -> float:

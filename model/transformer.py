@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from attention.cache import KVCache
 from attention.kinds import AnyAttentionSettings, build_attention
 from attention.mask import Mask
-from context.rotary import Rotary, RotarySpec
+from context.rotary import AnyRotary, LayerView
+from context.rotation import LayerRotary
 from model.block import Block, BlockMemo
 from model.feed_forward import FeedForward
 from model.norm import RMSNorm
@@ -79,9 +80,13 @@ class ModelSettings(Section):
     def layer_kind(self, layer: int) -> LayerKind:
         return self.pattern[layer % len(self.pattern)]
 
+    def view(self, layer: int) -> LayerView:
+        """Whether the layer's queries see all tokens before them or a window."""
+        return "window" if self.layer_kind(layer).startswith("window") else "full"
+
     def window(self, layer: int) -> int | None:
         """How many tokens the layer's queries see, themselves included; None: all before them."""
-        return self.attention.window if self.layer_kind(layer).startswith("window") else None
+        return self.attention.window if self.view(layer) == "window" else None
 
     def has_rotary(self, layer: int) -> bool:
         """Whether the layer's queries and keys are rotated by their positions."""
@@ -101,7 +106,7 @@ class Transformer(nn.Module):
         self.settings = settings
         self.vocab_size = vocab_size
         self.recompute = False
-        self.rotary: Rotary | None = None
+        self.rotary: LayerRotary | None = None
         self.embedding = nn.Embedding(vocab_size, settings.width)
         self.blocks = nn.ModuleList(_build_block(settings, layer) for layer in range(settings.num_layers))
         self.norm = RMSNorm(settings.width, settings.norm_epsilon)
@@ -112,9 +117,9 @@ class Transformer(nn.Module):
         """(V, D); the embedding itself when the two are tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def use_rotary(self, spec: RotarySpec) -> None:
-        """Rotate queries and keys as `spec` says from the next forward on."""
-        self.rotary = Rotary(spec, self.settings.rotary_channels)
+    def use_rotary(self, rotary: AnyRotary) -> None:
+        """Rotate queries and keys as `rotary` says of each kind of layer, from the next forward on."""
+        self.rotary = LayerRotary(rotary, self.settings.rotary_channels)
 
     def forward(
         self,
@@ -130,18 +135,19 @@ class Transformer(nn.Module):
         mask: what attention may see, to which layers add their windows; left out: each row is one document.
         facts: what routers are told of the tokens; left out: their ids and places.
         """
-        assert self.rotary is not None, "call use_rotary(spec) before the first forward"
+        assert self.rotary is not None, "call use_rotary before the first forward"
         start = 0 if cache is None else cache.length
         places_BT = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         positions_BT = places_BT if positions_BT is None else positions_BT
         facts = facts or TokenFacts(tokens_BT, places_BT)
-        rotation = self.rotary.at(positions_BT)
+        rotations = self.rotary.at(positions_BT)
         mask = mask or Mask()
         if cache is not None:
             cache.check(mask)
         x_BTD = self.embedding(tokens_BT)
         all_routing = []
         for layer, block in enumerate(self.blocks):
+            rotation = rotations[self.settings.view(layer)]
             if self.recompute and torch.is_grad_enabled():
                 x_BTD, routing = checkpoint(block, x_BTD, rotation, mask, facts, None, BlockMemo(), use_reentrant=False)
             else:

@@ -97,6 +97,11 @@ class Optimizer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=set_to_none)
 
+    def forget_moments(self) -> None:
+        """Start anew from the weights as they are: moments and the count of steps that corrects their bias are gone."""
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+
     def state_dict(self) -> list[dict[str, Any]]:
         """One state dictionary an optimizer."""
         return [optimizer.state_dict() for optimizer in self.optimizers]

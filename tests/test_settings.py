@@ -66,10 +66,15 @@ def test_another_kind_replaces_the_whole_table(tmp_path: Path) -> None:
     assert load(child, [], Root).choice == Plain()
 
 
-def test_an_override_of_another_kind_replaces_the_whole_table(tmp_path: Path) -> None:
+def test_a_table_as_override_replaces_the_whole_one(tmp_path: Path) -> None:
     path = write(tmp_path / "a.toml", "choice = { kind = 'rich', rate = 0.7, steps = [7] }\n")
     assert load(path, ["choice={kind = 'plain'}"], Root).choice == Plain()
-    assert load(path, ["choice={rate = 0.3}"], Root).choice == Rich(rate=0.3, steps=(7,))
+    assert load(path, ["choice={kind = 'rich', steps = [5]}"], Root).choice == Rich(steps=(5,)), (
+        "the file's rate is gone"
+    )
+    assert load(path, ["choice.rate=0.3"], Root).choice == Rich(rate=0.3, steps=(7,))
+    with pytest.raises(Refusal, match="choice: needs a kind"):
+        load(path, ["choice={rate = 0.3}"], Root)
 
 
 def test_overrides_reach_into_tables_arrays_and_new_tables(tmp_path: Path) -> None:

@@ -1,0 +1,174 @@
+"""What a layer keeps from its forward to its backward pass, in bytes: arithmetic on its settings, nothing is built.
+
+The sums follow the code of the layers one by one, and `tests/model/test_memory.py` holds them to what really stays
+alive. Only tensors that grow with the number of tokens are here, and copies of weights in low precision.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from attention.attention import AttentionSettings, channels_per_head
+from attention.latent import LatentSettings
+from model.size import attention_layer
+from model.transformer import ModelSettings
+from moe.layer import MoESettings
+
+FP32, INT64 = 4, 8
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """How numbers are held besides weights and the residual stream, which are fp32."""
+
+    itemsize: int
+    """Bytes of what products take and give: 2 under autocast, else 4."""
+    device: str = "cuda"
+
+    @property
+    def is_cast(self) -> bool:
+        """Whether products take copies of what they are given."""
+        return self.itemsize < FP32
+
+    @property
+    def norm_copies(self) -> int:
+        """How often a norm of heads keeps what comes in: torch has a fused norm on GPUs alone."""
+        return 2 if self.device == "cpu" else 1
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes kept for each token, by what they belong to, and for the layer as a whole."""
+
+    residual: int = 0
+    """What comes into the layer and what is between its halves, and of their norms one number each."""
+    attention: int = 0
+    feed_forward: int = 0
+    """Dense layers and shared experts."""
+    router: int = 0
+    """Its scores, and where rows go."""
+    experts: int = 0
+    """Tokens and pre-activations of routed experts."""
+    copies: int = 0
+    """Not for each token but once: weights in low precision."""
+
+    @property
+    def per_token(self) -> int:
+        return self.residual + self.attention + self.feed_forward + self.router + self.experts
+
+
+def kept_by_layer(settings: ModelSettings, layer: int, numbers: Numbers, *, is_split: bool = False) -> LayerBytes:
+    """Of one layer that is not recomputed. is_split: rows lie on several ranks, and latents are not expanded."""
+    D, c = settings.width, numbers.itemsize
+    attention = ATTENTION[settings.attention.kind](settings.attention, D, numbers, is_split)
+    residual = 2 * (FP32 * D + FP32)
+    copies = attention_layer(settings).projections * c
+    if settings.feed_forward_kind(layer) == "dense":
+        F = settings.feed_forward_width or 0
+        # What goes in, gate and up; GPUs also keep their product, which CPUs make again.
+        kept = LayerBytes(residual, attention, c * (D + 2 * F + (0 if numbers.device == "cpu" else F)))
+        copies += 3 * D * F * c
+    else:
+        assert settings.moe is not None, "checked by ModelSettings"
+        kept = _moe(settings.moe, residual, attention, D, numbers)
+        copies += 3 * D * settings.moe.expert_width * (settings.moe.num_experts + settings.moe.num_shared_experts) * c
+        copies += D * c if settings.moe.shared_gate else 0
+    return LayerBytes(**{**vars(kept), "copies": copies if numbers.is_cast else 0})
+
+
+def kept_by_recomputed(settings: ModelSettings, layer: int, numbers: Numbers, *, is_split: bool = False) -> LayerBytes:
+    """Of a layer that is run again: what comes in, what attention answered, and what was decided for each token."""
+    attention, moe = settings.attention, settings.moe
+    is_moe = settings.feed_forward_kind(layer) == "moe"
+    return LayerBytes(
+        residual=FP32 * settings.width,
+        attention=_answer(attention, settings.width, numbers, is_split),
+        router=_decided(moe) if is_moe and moe is not None else 0,
+    )
+
+
+def _answer(attention: AttentionSettings | LatentSettings, width: int, numbers: Numbers, is_split: bool) -> int:
+    """Attention's answer and its log-sum-exp."""
+    H = attention.num_heads
+    if isinstance(attention, AttentionSettings):
+        return numbers.itemsize * H * channels_per_head(attention, width) + FP32 * H
+    if is_split:
+        return numbers.itemsize * H * attention.latent_rank + FP32 * H
+    C, E = attention.nope_channels + attention.rope_channels, attention.value_channels
+    # Kernels take heads of one width: what they answer is cut off when it is cast, and kept as it is in fp32.
+    return numbers.itemsize * H * (E if numbers.is_cast else max(C, E)) + FP32 * H
+
+
+def _grouped(attention: AttentionSettings, width: int, numbers: Numbers, _is_split: bool) -> int:
+    c, H, G = numbers.itemsize, attention.num_heads, attention.num_kv_heads
+    C = channels_per_head(attention, width)
+    # Each of the three projections casts what it is given for itself.
+    comes_in = 3 * c * width if numbers.is_cast else FP32 * width
+    norms = (H + G) * FP32 * (numbers.norm_copies * C + 1) if attention.head_norms else 0
+    return comes_in + norms + c * (H + 2 * G) * C + _answer(attention, width, numbers, _is_split)
+
+
+def _latent(attention: LatentSettings, width: int, numbers: Numbers, is_split: bool) -> int:
+    c, H, Z, Y = numbers.itemsize, attention.num_heads, attention.latent_rank, attention.rope_channels
+    X, E, rank = attention.nope_channels, attention.value_channels, attention.query_rank
+    comes_in = 2 * c * width if numbers.is_cast else FP32 * width
+    # A norm in fp32 has what the product gave, which brings the rotated channels along; or else a cast of its own part.
+    norms = FP32 * ((numbers.norm_copies - 1) * Z + (Z if numbers.is_cast else Z + Y) + 1)
+    if rank is not None:
+        norms += FP32 * (numbers.norm_copies * rank + 1) + c * rank
+    key = c * (Z + Y)
+    if is_split:  # queries before and after they are absorbed, and the answer as latents and as heads
+        heads = c * H * (X + Y + Z + Y) + c * H * E
+    else:
+        # Queries and keys whole, and what keys and values were made as; the answer again where it was cut off.
+        heads = c * H * (2 * (X + Y) + X + E) + (0 if numbers.is_cast or E >= X + Y else c * H * E)
+    return comes_in + norms + key + heads + _answer(attention, width, numbers, is_split)
+
+
+ATTENTION: dict[str, Callable[[Any, int, Numbers, bool], int]] = {"grouped": _grouped, "latent": _latent}
+
+
+def _moe(moe: MoESettings, residual: int, attention: int, width: int, numbers: Numbers) -> LayerBytes:
+    """Every slot counted: what a capacity drops, or null experts leave out, is kept less."""
+    c, D, K, F = numbers.itemsize, width, moe.experts_per_token, moe.expert_width
+    S = moe.num_shared_experts * F
+    cast = c * D if numbers.is_cast else 0
+    # Gate and up, the gate's silu, and their product; with a gate of its own, the answer and its weight.
+    shared = cast + c * 4 * S if S else 0
+    if moe.shared_gate:
+        shared += cast + c * (D + 1)
+    # The router reads fp32, whatever products take, and experts a cast of it.
+    scores = FP32 * D + SCORES[moe.router.kind](numbers) * num_scored(moe)
+    plain = 1 if moe.router.scale == 1.0 else 2
+    has_gaps = moe.router.kind == "expert_choice" or moe.capacity is not None or moe.null_experts is not None
+    choice = (INT64 + FP32 * plain + (INT64 + FP32 + 1 if has_gaps else 0)) * num_slots(moe)
+    places = INT64 * (num_slots(moe) + 2 * K)  # where slots stand once they are sorted
+    rows = 0 if moe.recompute == "up" else c * K * 2 * F
+    return LayerBytes(residual, attention, shared, scores + choice, cast + places + rows)
+
+
+def _decided(moe: MoESettings) -> int:
+    """Logits, probabilities, choices and gates."""
+    return FP32 * 2 * num_scored(moe) + (INT64 + FP32) * num_slots(moe)
+
+
+def num_scored(moe: MoESettings) -> int:
+    """Experts that a router scores, null ones included."""
+    return moe.num_experts + (moe.null_experts.count if moe.null_experts else 0)
+
+
+def num_slots(moe: MoESettings) -> int:
+    """Columns of the routing table: where experts choose, any number of them may want a token."""
+    return moe.num_experts if moe.router.kind == "expert_choice" else moe.experts_per_token
+
+
+SCORES: dict[str, Callable[[Numbers], int]] = {
+    "softmax": lambda numbers: 3 * FP32,
+    "sigmoid": lambda numbers: (4 if numbers.device == "cpu" else 3) * FP32,
+    "sqrt_softplus": lambda numbers: 6 * FP32 + 1,
+    "expert_choice": lambda numbers: 3 * FP32,
+    "random": lambda numbers: 3 * FP32,
+    "hash": lambda numbers: 3 * FP32,
+    "uniform": lambda numbers: 3 * FP32,
+}
+"""Bytes that a router keeps for each token and expert: logits, scores and what they are made of, probabilities."""

@@ -1,0 +1,222 @@
+"""How many bytes one rank needs to train, by what needs them: arithmetic on settings, nothing is allocated.
+
+What stays from forward to backward is counted tensor by tensor (`kept.py`), exactly but for a few bytes a layer, where
+no slot of an expert is dropped. What a moment needs beside it is an estimate, as kernels allocate what they like. Not
+counted: what an allocator wastes, masks that a backend draws for windows, the rows of text (45 bytes a token).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+from attention.attention import AttentionSettings, channels_per_head
+from model.feed_forward import BLOCK_ROWS
+from model.kept import FP32, LayerBytes, Numbers, kept_by_layer, kept_by_recomputed
+from model.transformer import ModelSettings, build_model
+from optim.groups import is_hidden_matrix
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank is given to do at a time, and how."""
+
+    num_tokens: int
+    """Of one micro-batch, on this rank: of rows that several ranks hold, its part."""
+    numbers: Numbers
+    recompute: bool = False
+    loss_chunk: int = 4096
+    num_ranks: int = 1
+    """All ranks of the run."""
+    expert_ranks: int = 1
+    """How many hold the experts together."""
+    row_ranks: int = 1
+    """How many hold each row together."""
+    methods: tuple[str, ...] = ()
+    """How attention reaches over those, by name: see `context.methods`."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank."""
+
+    weights: int
+    gradients: int
+    moments: int
+    """The optimizer's."""
+    residual: int
+    """What layers hand on, with the embedding, the final norm and the tables of the rotation."""
+    attention: int
+    feed_forward: int
+    """Of dense layers and shared experts."""
+    router: int
+    experts: int
+    copies: int
+    """Weights in low precision."""
+    temporary: int
+    """The most that is needed at one moment beside all that: the logits of a chunk, a layer on its way back."""
+    exchange: int
+    """Keys and values of other ranks and their gradients, in one layer. Rough: as if every key were read."""
+
+    @property
+    def states(self) -> int:
+        """What is there between steps, the gradients included."""
+        return self.weights + self.gradients + self.moments
+
+    @property
+    def activations(self) -> int:
+        """What a micro-batch keeps for its backward pass."""
+        return self.residual + self.attention + self.feed_forward + self.router + self.experts + self.copies
+
+    @property
+    def total(self) -> int:
+        """The most at any moment. From the second micro-batch on, as in the first gradients are made one by one."""
+        return self.states + self.activations + self.temporary + self.exchange
+
+
+def memory(settings: ModelSettings, vocab_size: int, optimizer: str, share: Share) -> Memory:
+    """What a rank needs to train `Transformer(settings, vocab_size)` with optimizer kind `adamw` or `muon`."""
+    weights, moments = states(settings, vocab_size, optimizer, share.expert_ranks)
+    layers = [_kept(settings, layer, share, recomputed=share.recompute) for layer in range(settings.num_layers)]
+    sums = {name: sum(getattr(kept, name) for kept in layers) for name in vars(layers[0])}
+    sums["residual"] += _ends(settings, share)
+    flat = weights if share.num_ranks > 1 else 0  # gradients are exchanged in one piece, when activations are gone
+    moment = max(_loss(settings, vocab_size, share), _backward(settings, layers, share))
+    return Memory(
+        weights=weights,
+        gradients=weights,
+        moments=moments,
+        **sums,
+        temporary=max(moment, flat - sum(sums.values())),
+        exchange=_exchange(settings, share),
+    )
+
+
+def states(settings: ModelSettings, vocab_size: int, optimizer: str, expert_ranks: int = 1) -> tuple[int, int]:
+    """(weights, the optimizer's moments) on a rank: exactly, of shapes on the meta device."""
+    weights = moments = 0
+    for name, parameter in build_model(settings, vocab_size).named_parameters():
+        size = parameter.numel() // (expert_ranks if ".experts." in name else 1)
+        weights += FP32 * size
+        # AdamW has two moments and counts its steps for each tensor; Muon has one.
+        moments += FP32 * (size if optimizer == "muon" and is_hidden_matrix(name, parameter) else 2 * size + 1)
+    return weights, moments
+
+
+def _kept(settings: ModelSettings, layer: int, share: Share, *, recomputed: bool) -> LayerBytes:
+    """In bytes, all tokens of this rank together."""
+    count = kept_by_recomputed if recomputed else kept_by_layer
+    kept = count(settings, layer, share.numbers, is_split=share.row_ranks > 1)
+    whole = {name: value if name == "copies" else value * share.num_tokens for name, value in vars(kept).items()}
+    moe = settings.moe
+    if moe is not None and settings.feed_forward_kind(layer) == "moe" and share.expert_ranks > 1 and not recomputed:
+        # Of weights only a share is here; of tokens at even load as many slots come as leave, each with its token.
+        experts = 3 * settings.width * moe.expert_width * moe.num_experts * share.numbers.itemsize
+        whole["copies"] -= (experts - experts // share.expert_ranks) if share.numbers.is_cast else 0
+        arrivals = min(moe.experts_per_token, share.expert_ranks)
+        whole["experts"] += share.num_tokens * share.numbers.itemsize * settings.width * arrivals
+    return LayerBytes(**whole)
+
+
+def _ends(settings: ModelSettings, share: Share) -> int:
+    """What goes into the final norm and comes out of it, and one table of cosines and sines in fp32."""
+    return share.num_tokens * FP32 * (2 * settings.width + 1 + settings.rotary_channels)
+
+
+def _loss(settings: ModelSettings, vocab_size: int, share: Share) -> int:
+    """While the logits of the last chunk exist, with the gradients of hidden states and head made beside them."""
+    D, c, N = settings.width, share.numbers.itemsize, share.num_tokens
+    chunk = min(share.loss_chunk, N)
+    made = FP32 * D * (N + vocab_size)
+    casts = c * D * (chunk + 2 * vocab_size) if share.numbers.is_cast else 0
+    # Logits and their log softmax; CPUs turn low precision into fp32 before they take it.
+    logits = c + FP32 + (FP32 if share.numbers.is_cast and share.numbers.device == "cpu" else 0)
+    return made + casts + chunk * vocab_size * logits
+
+
+def _backward(settings: ModelSettings, layers: list[LayerBytes], share: Share) -> int:
+    """The most that a layer needs on the way back, less what the layers above it have already given up."""
+    kept = [_sum(layer) for layer in layers]
+    above = [sum(kept) - below for below in accumulate(kept)]
+    return max(_on_the_way_back(settings, layer, share) - above[layer] for layer in range(settings.num_layers))
+
+
+def _on_the_way_back(settings: ModelSettings, layer: int, share: Share) -> int:
+    """Of a layer: what is made once more, the gradient of the residual stream, and the half that needs more."""
+    again = 0
+    if share.recompute:
+        once = _kept(settings, layer, share, recomputed=True)
+        again = _sum(_kept(settings, layer, share, recomputed=False)) - _sum(once)
+    half = _dense_backward if settings.feed_forward_kind(layer) == "dense" else _moe_backward
+    return (
+        again
+        + FP32 * share.num_tokens * settings.width
+        + max(half(settings, share), _attention_backward(settings, share))
+    )
+
+
+def _dense_backward(settings: ModelSettings, share: Share) -> int:
+    """The gradients of what came in and of weights, and of as many inner rows as are taken at once."""
+    D, F, c = settings.width, settings.feed_forward_width or 0, share.numbers.itemsize
+    return c * (share.num_tokens * D + 3 * D * F + _rows_at_once(share, share.num_tokens) * 4 * F)
+
+
+def _moe_backward(settings: ModelSettings, share: Share) -> int:
+    """The gradients of slots and of experts' weights; rows gathered, and inside, as many as are taken at once."""
+    assert settings.moe is not None
+    moe, D, c = settings.moe, settings.width, share.numbers.itemsize
+    R, F = share.num_tokens * moe.experts_per_token, moe.expert_width
+    weights, casts = 3 * D * F * moe.num_experts // share.expert_ranks, 0
+    if share.numbers.is_cast and share.numbers.device == "cpu":  # which may have units for fp32 alone
+        c, casts = FP32, FP32 * (weights + 2 * share.num_tokens * D)
+    return casts + c * (R * D + weights + _rows_at_once(share, R) * (2 * D + 6 * F))
+
+
+def _rows_at_once(share: Share, num_rows: int) -> int:
+    return min(BLOCK_ROWS, num_rows) if share.numbers.device == "cpu" else num_rows
+
+
+def _attention_backward(settings: ModelSettings, share: Share) -> int:
+    """The gradients of queries, keys, values and the answer, and a rotation back in fp32."""
+    attention, H = settings.attention, settings.attention.num_heads
+    if isinstance(attention, AttentionSettings):
+        C = channels_per_head(attention, settings.width)
+        query, keys = H * C, 2 * attention.num_kv_heads * C
+    else:
+        query = H * (attention.nope_channels + attention.rope_channels)
+        keys = query + H * attention.value_channels
+    return share.num_tokens * (share.numbers.itemsize * (2 * query + keys) + FP32 * 2 * query)
+
+
+def _exchange(settings: ModelSettings, share: Share) -> int:
+    """The most that one layer holds of other ranks' keys and values, on the way back, when their gradients go home."""
+    if share.row_ranks == 1:
+        return 0
+    attention, c = settings.attention, share.numbers.itemsize
+    if isinstance(attention, AttentionSettings):
+        C = channels_per_head(attention, settings.width)
+        keys, heads = 2 * attention.num_kv_heads * C, 3 * attention.num_heads * C
+    else:
+        keys = attention.latent_rank + attention.rope_channels
+        heads = attention.num_heads * (2 * attention.latent_rank + keys)
+    with_gradients = (c + FP32) * keys
+    by_method = {name: count(share.row_ranks, with_gradients, c * (heads + keys)) for name, count in EXCHANGE.items()}
+    return share.num_tokens * max((by_method[name] for name in share.methods), default=0)
+
+
+EXCHANGE: dict[str, Callable[[int, int, int], int]] = {
+    "ring": lambda ranks, keys, heads: 2 * keys,  # what is worked on and what arrives
+    "gather": lambda ranks, keys, heads: ranks * keys,
+    "groupcast": lambda ranks, keys, heads: ranks * keys,
+    "ulysses": lambda ranks, keys, heads: 2 * heads,  # what is sent and what came, of queries, answers and gradients
+    "usp": lambda ranks, keys, heads: 2 * keys + 2 * heads,
+}
+"""(ranks, bytes of a token's keys and values with gradients, bytes of all its heads) to bytes for each own token."""
+
+
+def _sum(kept: LayerBytes) -> int:
+    return kept.per_token + kept.copies
+
+
+def parts(needed: Memory) -> Iterator[tuple[str, int]]:
+    """Every part that there is any of, by name."""
+    return ((name.replace("_", " "), value) for name, value in vars(needed).items() if value)
