@@ -1,29 +1,36 @@
-"""Ask a checkpoint: `python -m evals CHECKPOINT [--tasks needle,held_out] [--lengths 128,512] [--out DIR]`."""
+"""Ask a checkpoint: `python -m evals CHECKPOINT [--tasks needle,held_out] [--lengths 128,512] [--out DIR]`.
+
+`python -m evals --list` says what can be asked.
+"""
 
 import argparse
 import json
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from context.rotary import RotarySpec
-from context.stages import Stage, Stages
+from context.rotary import AnyRotary
+from context.stages import Stage
 from data.batches import Batches
-from evals.harness import Cell, Materials
-from evals.heatmap import Grid, make_grid, save_png, show
-from evals.suite import TASKS, EvalsSettings, run_suite, tasks_of
+from evals.defaults import choose
+from evals.grid import Grid
+from evals.pictures import grids_of, pictures_of
+from evals.scoring import Cell, Materials
+from evals.suite import TASKS, run_suite
+from evals.table import table_of
+from evals.terminal import show
 from model.initialize import initialize
 from model.transformer import Transformer, build_model
 from run.checkpoint import read_checkpoint
 from run.config import RunConfig
 from run.identity import read_recorded
+from run.metrics import plain
 from run.start import choose_device, choose_dtype, refusing
 from settings import Refusal, Section, apply_override, to_dict, validate
 
@@ -31,7 +38,7 @@ from settings import Refusal, Section, apply_override, to_dict, validate
 class RotaryChoice(Section):
     """What --rotary may say."""
 
-    rotary: RotarySpec
+    rotary: AnyRotary
 
 
 @dataclass(frozen=True)
@@ -49,15 +56,20 @@ class Loaded:
 
 def main(arguments: argparse.Namespace) -> None:
     """Ask what the checkpoint's own configuration asks, changed by the command line; print, and write with --out."""
+    if arguments.list:
+        print("\n".join(describe_tasks()))
+        return
     loaded = load_checkpoint(arguments.checkpoint, arguments.device, arguments.at_eval)
     if arguments.rotary is not None:
         loaded.model.use_rotary(read_rotary(arguments.rotary))
-    settings = choose(loaded, arguments.tasks, arguments.lengths)
+    trained = loaded.stage.sequence_length
+    settings, left_out = choose(loaded.config.evals, trained, loaded.materials, arguments.tasks, arguments.lengths)
+    for line in left_out:
+        print(line)
     cells = run_suite(loaded.model, settings, loaded.materials)
     title = f"{loaded.config.name} at step {loaded.step:,}" + (f", {arguments.rotary}" if arguments.rotary else "")
-    needles = [cell for cell in cells if cell.task == "needle"]
-    grids = [make_grid(needles, title, loaded.stage.sequence_length)] if needles else []
-    say(cells, grids)
+    grids = grids_of(cells, title, trained)
+    describe(cells, grids.values())
     if arguments.out is not None:
         write(arguments.out, cells, grids, loaded)
 
@@ -79,14 +91,14 @@ def load_checkpoint(path: Path, device_name: str, at_eval: str | None = None) ->
     model = build_model(config.model, batches.tokenizer.vocab_size)
     initialize(model, config.seed, device)
     model.load_state_dict(weights)
-    stage = Stages(config.context.stages, config.tokens_per_step).at(max(0, state["tokens"] - config.tokens_per_step))
+    stage = config.stages.last_step(state["tokens"]).stage
     model.use_rotary(stage.rotary)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     materials = Materials(batches.tokenizer, batches.all_held_out(), device, autocast)
     return Loaded(model, config, materials, stage, state["step"], state["tokens"])
 
 
-def read_rotary(text: str) -> RotarySpec:
+def read_rotary(text: str) -> AnyRotary:
     """The rotation written as an inline table of TOML."""
     try:
         table = tomllib.loads(f"rotary = {text}")
@@ -97,65 +109,52 @@ def read_rotary(text: str) -> RotarySpec:
     return validate(table, RotaryChoice, "--rotary").rotary
 
 
-def choose(loaded: Loaded, tasks: Sequence[str] | None, lengths: Sequence[int] | None) -> EvalsSettings:
-    """The checkpoint's own tasks, or those named, at its own lengths, or those named.
-
-    A task that the configuration has no table for is asked around the trained length, of the first source.
-    """
-    table = to_dict(loaded.config.evals)
-    named = list(tasks or tasks_of(loaded.config.evals) or TASKS)
-    trained = loaded.stage.sequence_length
-    around: dict[str, dict[str, Any]] = {
-        "held_out": {"lengths": [trained]},
-        "needle": {
-            "lengths": [trained, 2 * trained, 4 * trained],
-            "haystack": next(iter(loaded.materials.held_out), ""),
-        },
-        "positions": {"length": trained},
-        "routing": {"length": trained},
-    }
-    for name in named:
-        if name in around:
-            table.setdefault(name, around[name])
-            if lengths:
-                key, value = ("lengths", sorted(lengths)) if "lengths" in around[name] else ("length", max(lengths))
-                table[name] = table[name] | {key: value}
-    return validate(table | {"tasks": named}, EvalsSettings, "evals")
-
-
-def say(cells: Sequence[Cell], grids: Sequence[Grid]) -> None:
-    """Print the needle grid in colour and every other cell as a line."""
+def describe(cells: Sequence[Cell], grids: Iterable[Grid]) -> None:
+    """Print the grids in colour and every cell as a line."""
     console = Console()
-    if grids:
-        show(grids, console)
-    for cell in cells:
-        if cell.task != "needle":
-            extra = "  ".join(f"{key} {value:.4g}" for key, value in cell.extra.items() if not key.startswith("load_"))
-            line = f"{cell.task:<22} length {cell.length:>7,}  score {cell.score:.4f}  {extra}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for grid in grids:
+        show([grid], console)
+    for line in table_of(cells):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def write(folder: Path, cells: Sequence[Cell], grids: Sequence[Grid], loaded: Loaded) -> None:
-    """Write evals.jsonl, a row a cell, and needle.png."""
+def write(folder: Path, cells: Sequence[Cell], grids: Mapping[str, Grid], loaded: Loaded) -> None:
+    """Write evals.jsonl, a row a cell, and the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     where = {"stage": loaded.stage.index, "trained_length": loaded.stage.sequence_length}
-    rows = [json.dumps(cell.row(loaded.step, loaded.tokens) | where) for cell in cells]
+    rows = [json.dumps(plain(cell.row(loaded.step, loaded.tokens) | where), allow_nan=False) for cell in cells]
     (folder / "evals.jsonl").write_text("".join(row + "\n" for row in rows))
-    if grids:
-        save_png(grids, folder / "needle.png")
-    print(f"written: {folder / 'evals.jsonl'}" + (f", {folder / 'needle.png'}" if grids else ""))
+    pictures = pictures_of(cells, grids, loaded.stage.sequence_length)
+    for name, content in pictures.items():
+        (folder / name).write_bytes(content)
+    print("written: " + ", ".join(str(folder / name) for name in ("evals.jsonl", *pictures)))
+
+
+def describe_tasks() -> list[str]:
+    """A line a task: its name and the first sentence of its module."""
+    return [f"{name:<18} {first_sentence(sys.modules[task.run.__module__].__doc__)}" for name, task in TASKS.items()]
+
+
+def first_sentence(text: str | None) -> str:
+    return " ".join((text or "").partition("\n\n")[0].split())
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m evals", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a run's folder or one of its checkpoints/step_... folders")
+    parser = argparse.ArgumentParser(prog="python -m evals", description=first_sentence(__doc__))
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", help="a run's folder or one of its checkpoints/step_... folders"
+    )
     parser.add_argument("--tasks", type=_names, help=f"comma-separated, of: {', '.join(TASKS)}")
+    parser.add_argument("--list", action="store_true", help="say what the tasks ask, and exit")
     parser.add_argument("--lengths", type=_numbers, help="comma-separated lengths in tokens")
     parser.add_argument("--rotary", help="another rotation for the same weights: '{ kind = \"yarn\", ... }'")
     parser.add_argument("--at-eval", choices=("token_choice",), help="how an expert-choice router routes here")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where evals.jsonl and needle.png are written")
-    return parser.parse_args(words)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where evals.jsonl and the pictures are written")
+    arguments = parser.parse_args(words)
+    if arguments.checkpoint is None and not arguments.list:
+        parser.error("give a checkpoint, or --list")
+    return arguments
 
 
 def _names(text: str) -> list[str]:

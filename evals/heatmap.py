@@ -1,138 +1,18 @@
-"""Needle cells as a heatmap: lengths across, depths down; in the terminal, as plain text and as a PNG."""
+"""Grids of scores as a picture: lengths across, depths down, the trained length marked."""
 
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from rich.columns import Columns
-from rich.console import Console
-from rich.text import Text
 
-from evals.harness import Cell
+from evals.colours import FAINT, INK, MISSING, RED_TO_GREEN, ink_on
+from evals.grid import Grid
 
-THRESHOLD = 0.8
-"""Mean score from which a length counts as handled."""
-RED_TO_GREEN = LinearSegmentedColormap.from_list(
-    "needle", ["#c8323c", "#e8714a", "#f7b267", "#fbe28b", "#c5dd7d", "#78bd6b", "#2f9256"]
-)
-INK, FAINT, MISSING = "#22272e", "#6b7480", "#e6e8eb"
 CELL_INCHES = (0.66, 0.52)
-BORDER = "┊"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The scores of one model at one time."""
-
-    title: str
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    scores_DL: np.ndarray
-    """A row a depth, a column a length, NaN where nothing was measured."""
-    trained_length: int | None = None
-    """The longest sequence trained on so far."""
-
-    @property
-    def columns_trained(self) -> int | None:
-        """How many columns lie within the trained length."""
-        return None if self.trained_length is None else sum(length <= self.trained_length for length in self.lengths)
-
-    def effective_length(self, threshold: float = THRESHOLD) -> int:
-        return _effective_length(self.lengths, [_mean(column_D) for column_D in self.scores_DL.T], threshold)
-
-
-def make_grid(cells: Sequence[Cell], title: str, trained_length: int | None = None, task: str = "needle") -> Grid:
-    """The grid of one task's cells; of a cell that was measured twice, the last counts."""
-    scores = {(cell.depth, cell.length): cell.score for cell in cells if cell.task == task and cell.depth is not None}
-    lengths = sorted({length for _, length in scores})
-    depths = sorted({depth for depth, _ in scores if depth is not None})
-    if not scores:
-        raise ValueError(f"no cells of task {task!r} for the heatmap {title!r}")
-    scores_DL = np.array([[scores.get((depth, length), math.nan) for length in lengths] for depth in depths])
-    return Grid(title, tuple(lengths), tuple(depths), scores_DL, trained_length)
-
-
-def effective_length(cells: Sequence[Cell], threshold: float = THRESHOLD, task: str = "needle") -> int:
-    """The longest tested length up to which every tested length scores at least `threshold` on the mean over depths.
-
-    0 if the shortest already fails. RULER takes the longest length that passes; here a hole below it ends the count.
-    """
-    of_length: dict[int, list[float]] = {}
-    for cell in cells:
-        if cell.task == task:
-            of_length.setdefault(cell.length, []).append(cell.score)
-    lengths = sorted(of_length)
-    return _effective_length(lengths, [_mean(np.array(of_length[length])) for length in lengths], threshold)
-
-
-def _mean(scores: np.ndarray) -> float:
-    measured = scores[~np.isnan(scores)]
-    return float(measured.mean()) if len(measured) else math.nan
-
-
-def _effective_length(lengths: Sequence[int], means: Sequence[float], threshold: float) -> int:
-    reached = 0
-    for length, mean in zip(lengths, means, strict=True):
-        if not mean >= threshold - 1e-9:  # a mean of sums in floating point may miss an equal threshold
-            break
-        reached = length
-    return reached
-
-
-def show(grids: Sequence[Grid], console: Console | None = None) -> None:
-    """Print the grids: coloured and side by side in a terminal, plain text one below the other elsewhere."""
-    console = console or Console()
-    if console.is_terminal:
-        console.print(Columns([coloured(grid) for grid in grids], padding=(1, 4)))
-    else:
-        console.print("\n".join(plain(grid) for grid in grids), markup=False, highlight=False, soft_wrap=True)
-
-
-def plain(grid: Grid) -> str:
-    """The grid as text: a row a depth, a column a length, a dotted line at the trained length."""
-    lines = coloured(grid).plain.replace(BORDER, "|").splitlines()  # pipes and logs may know ASCII alone
-    return "\n".join(line.rstrip() for line in lines) + "\n"
-
-
-def coloured(grid: Grid) -> Text:
-    """The grid as rich text with coloured cells."""
-    text = Text(no_wrap=True).append(f"{grid.title}\n", style="bold")
-    text.append(_line("length", [f"{length}" for length in grid.lengths], grid, None))
-    for depth, scores_L in zip(grid.depths, grid.scores_DL, strict=True):
-        numbers = ["-" if math.isnan(score) else f"{score:.2f}" for score in scores_L]
-        text.append(_line(f"{depth:.0%}", numbers, grid, scores_L))
-    trained = f", trained at {grid.trained_length} ({BORDER})" if grid.trained_length is not None else ""
-    text.append(f"rows: depth; effective length {grid.effective_length()}{trained}\n", style="dim")
-    return text
-
-
-def _line(name: str, entries: Sequence[str], grid: Grid, scores_L: np.ndarray | None) -> Text:
-    line = Text(f"{name:>6} ")
-    for column, entry in enumerate(entries):
-        if column == grid.columns_trained and column > 0:
-            line.append(BORDER)
-        score = math.nan if scores_L is None else scores_L[column]
-        line.append(f"{entry:^7}", style="" if math.isnan(score) else f"{_ink_on(score)} on {_hex(score)}")
-    if grid.columns_trained == len(entries):
-        line.append(BORDER)
-    return line.append("\n")
-
-
-def _hex(score: float) -> str:
-    red, green, blue, _ = RED_TO_GREEN(min(max(score, 0.0), 1.0), bytes=True)
-    return f"#{red:02x}{green:02x}{blue:02x}"
-
-
-def _ink_on(score: float) -> str:
-    """Dark or white, whichever is read more easily on the score's colour."""
-    red, green, blue, _ = RED_TO_GREEN(min(max(score, 0.0), 1.0))
-    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.52 else "#ffffff"
 
 
 def save_png(grids: Sequence[Grid], path: Path | str, title: str = "", dpi: int = 160) -> None:
@@ -142,9 +22,13 @@ def save_png(grids: Sequence[Grid], path: Path | str, title: str = "", dpi: int 
 
 def png(grids: Sequence[Grid], title: str = "", dpi: int = 160) -> bytes:
     """The grids side by side as the bytes of one PNG."""
+    return to_png(draw(grids, title), dpi)
+
+
+def to_png(figure: Figure, dpi: int = 160) -> bytes:
+    """The figure as PNG on white. No date or version inside: the same cells give the same file."""
     buffer = io.BytesIO()
-    # No date or version inside: the same cells give the same file.
-    draw(grids, title).savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -167,7 +51,7 @@ def draw(grids: Sequence[Grid], title: str = "") -> Figure:
     if title:
         figure.text(left / total_width, 1 - 0.2 / total_height, title, fontsize=13, weight="bold", color=INK, va="top")
     bar = ((total_width - right + 0.22) / total_width, bottom / total_height, 0.13 / total_width, height / total_height)
-    _draw_bar(figure.add_axes(bar))
+    draw_bar(figure.add_axes(bar))
     return figure
 
 
@@ -181,7 +65,7 @@ def _draw_grid(axes: Axes, grid: Grid, *, names_depths: bool) -> None:
             score = grid.scores_DL[row, column]
             if not math.isnan(score):
                 place = (column + 0.5, row + 0.5)
-                axes.text(*place, f"{score:.2f}", ha="center", va="center", fontsize=8.5, color=_ink_on(score))
+                axes.text(*place, f"{score:.2f}", ha="center", va="center", fontsize=8.5, color=ink_on(score))
     axes.set_xlim(0, columns)
     axes.set_ylim(rows, 0)  # the start of the haystack on top, as it is read
     axes.set_xticks(np.arange(columns) + 0.5, [f"{length:,}" for length in grid.lengths])
@@ -212,7 +96,8 @@ def _annotate(axes: Axes, text: str, *, points: float, size: float, weight: str,
     axes.annotate(text, (0, 1), xytext=(1, points), fontsize=size, weight=weight, color=color, **place)  # type: ignore[arg-type]
 
 
-def _draw_bar(axes: Axes) -> None:
+def draw_bar(axes: Axes) -> None:
+    """The colours of scores from 0 to 1."""
     axes.imshow(np.linspace(1, 0, 256)[:, None], cmap=RED_TO_GREEN, vmin=0, vmax=1, aspect="auto", extent=(0, 1, 0, 1))
     axes.set_xticks([])
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])

@@ -3,7 +3,7 @@
 from pydantic import Field, PositiveInt, field_validator
 from torch import nn
 
-from evals.harness import Cell, Materials, score_rows, sources_of
+from evals.scoring import Cell, Materials, score_rows, sources_of
 from evals.windows import read, spread, sum_up, tile
 from settings import Refusal, Section
 
@@ -37,7 +37,7 @@ def check(settings: HeldOutSettings, materials: Materials) -> None:
 
 
 def run(model: nn.Module, settings: HeldOutSettings, materials: Materials, seed: int) -> list[Cell]:
-    """One cell for each source and length: score is bits per byte, extra `loss` nats per token.
+    """One cell for each source and length: score is bits per byte, extra `loss` nats per token, `low` and `high`.
 
     Windows of all lengths cover the same text as far as the lengths divide the longest, so that columns differ in the
     context alone. Documents in a window do not see each other.
@@ -51,6 +51,6 @@ def run(model: nn.Module, settings: HeldOutSettings, materials: Materials, seed:
         for length in settings.lengths:
             rows = read(tokens, tile(blocks, block, length), length, end_of_text)
             loss = sum_up(rows.labels_BT, score_rows(model, materials, rows)[1], materials.tokenizer)
-            extra = {"loss": loss.per_token, "bytes": loss.num_bytes}
+            extra = {"loss": loss.per_token, "bytes": loss.num_bytes, **loss.bounds(seed)}
             cells.append(Cell(f"held_out/{name}", length, None, loss.bits_per_byte, loss.tokens, extra))
     return cells

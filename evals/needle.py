@@ -8,7 +8,8 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from torch import nn
 
 from data.recall import NeedleSample, needle_grid, needle_sample
-from evals.harness import Cell, Materials, Rows, score_rows, sources_of
+from evals.answers import answer_rows
+from evals.scoring import Cell, Materials, Rows, sources_of
 from model.loss import IGNORED
 from settings import Refusal, Section
 
@@ -143,22 +144,16 @@ def run(model: nn.Module, settings: NeedleSettings, materials: Materials, seed: 
     """One cell for each length and depth: score is the share of samples whose whole answer is the model's first choice.
 
     Teacher-forced: right at every answer token is the same as right when generated greedily, in one forward pass.
-    Extra: `answer_logprob` (mean nats of an answer token) and `token_accuracy` move before exact match does.
+    Extra: `answer_logprob` (mean nats of an answer token) and `token_accuracy` move before exact match does; `low` and
+    `high` bound the score.
     """
     check(settings, materials)
+    needles = {"needles": len(settings.depths) if settings.one_haystack else settings.needles}
     cells = []
     for length in settings.lengths:
         rows = to_rows([sample for of_depth in make_samples(settings, materials, seed, length) for sample in of_depth])
-        greedy_BT, logprob_BT = score_rows(model, materials, rows)
-        is_right_BT = greedy_BT == rows.labels_BT
+        answers = answer_rows(model, materials, rows)
         for index, depth in enumerate(settings.depths):
             part = slice(index * settings.samples, (index + 1) * settings.samples)
-            is_asked_BT = rows.is_asked_BT[part]
-            is_exact_B = (is_right_BT[part] | ~is_asked_BT).all(axis=1)
-            extra = {
-                "answer_logprob": float(logprob_BT[part][is_asked_BT].mean()),
-                "token_accuracy": float(is_right_BT[part][is_asked_BT].mean()),
-                "needles": len(settings.depths) if settings.one_haystack else settings.needles,
-            }
-            cells.append(Cell("needle", length, depth, float(is_exact_B.mean()), settings.samples, extra))
+            cells.append(answers.cell("needle", length, depth, rows=part, extra=needles))
     return cells

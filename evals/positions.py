@@ -6,9 +6,10 @@ import numpy as np
 from pydantic import PositiveInt, model_validator
 from torch import nn
 
-from evals.harness import Cell, Materials, score_rows, sources_of
-from evals.windows import documents_in, read, spread_inside, sum_up
-from settings import Refusal, Section
+from evals.long_documents import long_windows, sources_with_long_documents
+from evals.scoring import Cell, Materials, score_rows
+from evals.windows import sum_up
+from settings import Section
 
 
 class PositionsSettings(Section):
@@ -28,30 +29,9 @@ class PositionsSettings(Section):
         return self
 
 
-def longest_document(materials: Materials, source: str) -> int:
-    """Tokens in the longest held-out document of a source."""
-    documents = documents_in(materials.held_out[source], materials.tokenizer.end_of_text)
-    return max((document.stop - document.start for document in documents), default=0)
-
-
-def sources_with_long_documents(settings: PositionsSettings, materials: Materials) -> list[str]:
-    """The sources to read: those named, which must all be fit, or else every one that is."""
-    names = sources_of(materials, settings.sources, "evals.positions.sources")
-    longest = {name: longest_document(materials, name) for name in names}
-    fit = [name for name in names if longest[name] > settings.length]
-    unfit = [name for name in names if longest[name] <= settings.length]
-    if (settings.sources and unfit) or not fit:
-        name = max(unfit, key=lambda source: longest[source])
-        raise Refusal(
-            f"evals.positions.length={settings.length} does not fit: the longest held-out document of source {name!r} "
-            f"has {longest[name]} tokens; lower it to {max(longest[name] - 1, 1)} or less, or name another source"
-        )
-    return fit
-
-
 def check(settings: PositionsSettings, materials: Materials) -> None:
     """Refuse a length that no document of the sources reaches."""
-    sources_with_long_documents(settings, materials)
+    sources_with_long_documents(materials, settings.sources, settings.length, "positions")
 
 
 def run(model: nn.Module, settings: PositionsSettings, materials: Materials, seed: int) -> list[Cell]:
@@ -59,16 +39,13 @@ def run(model: nn.Module, settings: PositionsSettings, materials: Materials, see
 
     Each window lies inside one document, so that every bucket holds the same documents and position alone differs.
     """
-    end_of_text = materials.tokenizer.end_of_text
     edges = np.linspace(0, settings.length, settings.buckets + 1).round().astype(int).tolist()
     cells = []
-    for name in sources_with_long_documents(settings, materials):
-        tokens = materials.held_out[name]
-        starts = spread_inside(documents_in(tokens, end_of_text), settings.length, settings.tokens, seed)
-        rows = read(tokens, starts, settings.length, end_of_text)
+    for name in sources_with_long_documents(materials, settings.sources, settings.length, "positions"):
+        rows = long_windows(materials, name, settings.length, settings.tokens, seed)
         _, logprob_BT = score_rows(model, materials, rows)
         for start, stop in pairwise(edges):
             loss = sum_up(rows.labels_BT[:, start:stop], logprob_BT[:, start:stop], materials.tokenizer)
-            extra = {"start": start, "stop": stop, "loss": loss.per_token}
+            extra = {"start": start, "stop": stop, "loss": loss.per_token, **loss.bounds(seed)}
             cells.append(Cell(f"positions/{name}", settings.length, None, loss.bits_per_byte, loss.tokens, extra))
     return cells

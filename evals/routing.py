@@ -5,8 +5,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from context.rotary import RotarySpec
-from evals.harness import Cell, Materials, Rows, evaluating, forwards, sources_of
+from context.rotary import AnyRotary
+from evals.scoring import Cell, Materials, Rows, evaluating, forwards, sources_of
 from evals.windows import read, spread
 from model.transformer import Transformer
 from moe.telemetry import choice_overlap
@@ -57,7 +57,7 @@ def run(model: nn.Module, settings: RoutingSettings, materials: Materials, seed:
 
 
 def shift(
-    model: Transformer, settings: RoutingSettings, materials: Materials, seed: int, rotary: RotarySpec
+    model: Transformer, settings: RoutingSettings, materials: Materials, seed: int, rotary: AnyRotary
 ) -> list[Cell]:
     """What another RoPE does to the routing of the same tokens: one cell for each source and MoE layer.
 

@@ -7,13 +7,39 @@ from typing import Any
 from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
-from context.rotary import RotarySpec
-from evals import held_out, needle, positions, routing
-from evals.harness import Cell, Materials
+from context.rotary import AnyRotary
+from evals import (
+    copying,
+    held_out,
+    induction,
+    k_shot_copy,
+    last_tokens,
+    long_ppl,
+    many_needles,
+    mqar,
+    needle,
+    passkey,
+    positions,
+    routing,
+    routing_positions,
+)
+from evals.copying import CopyingSettings
+from evals.grid import effective_cells
 from evals.held_out import HeldOutSettings
+from evals.induction import InductionSettings
+from evals.k_shot_copy import KShotCopySettings
+from evals.last_tokens import LastTokensSettings
+from evals.long_ppl import LongPplSettings
+from evals.many_needles import ManyNeedlesSettings
+from evals.mqar import MqarSettings
 from evals.needle import NeedleSettings
+from evals.passkey import PasskeySettings
 from evals.positions import PositionsSettings
 from evals.routing import RoutingSettings
+from evals.routing_positions import RoutingPositionsSettings
+from evals.ruler import asking as ruler
+from evals.ruler.asking import RulerSettings
+from evals.scoring import Cell, Materials
 from model.transformer import Transformer
 from settings import Section, nearest
 
@@ -29,8 +55,18 @@ class Task:
 TASKS = {
     "held_out": Task(held_out.check, held_out.run),
     "needle": Task(needle.check, needle.run),
+    "many_needles": Task(many_needles.check, many_needles.run),
+    "passkey": Task(passkey.check, passkey.run),
+    "ruler": Task(ruler.check, ruler.run),
     "positions": Task(positions.check, positions.run),
+    "last_tokens": Task(last_tokens.check, last_tokens.run),
+    "long_ppl": Task(long_ppl.check, long_ppl.run),
+    "mqar": Task(mqar.check, mqar.run),
+    "induction": Task(induction.check, induction.run),
+    "copying": Task(copying.check, copying.run),
+    "k_shot_copy": Task(k_shot_copy.check, k_shot_copy.run),
     "routing": Task(routing.check, routing.run),
+    "routing_positions": Task(routing_positions.check, routing_positions.run),
 }
 
 
@@ -39,15 +75,36 @@ class EvalsSettings(Section):
 
     every_tokens: PositiveInt | None = None
     """Asked at the first step at or after each multiple of so many tokens; left out, at stage ends alone."""
+    share: float | None = Field(default=None, gt=0, le=1)
+    """In place of every_tokens: asked as often as it may be to cost this share of the training's operations, at stage
+    ends beyond that (evals/cost.py)."""
     at_stage_ends: bool = True
     """Asked at the end of each stage, and of the run."""
+    at_stage_starts: bool = False
+    """Asked at the beginning of each stage after the first: its RoPE has taken over, and no step is made yet."""
     tasks: tuple[str, ...] | None = None
     """Which of the tables are used; left out, all of them."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     held_out: HeldOutSettings | None = None
     needle: NeedleSettings | None = None
+    many_needles: ManyNeedlesSettings | None = None
+    passkey: PasskeySettings | None = None
+    ruler: RulerSettings | None = None
     positions: PositionsSettings | None = None
+    last_tokens: LastTokensSettings | None = None
+    long_ppl: LongPplSettings | None = None
+    mqar: MqarSettings | None = None
+    induction: InductionSettings | None = None
+    copying: CopyingSettings | None = None
+    k_shot_copy: KShotCopySettings | None = None
     routing: RoutingSettings | None = None
+    routing_positions: RoutingPositionsSettings | None = None
+
+    @model_validator(mode="after")
+    def check_interval(self) -> "EvalsSettings":
+        if self.share is not None and self.every_tokens is not None:
+            raise ValueError(f"share={self.share} and every_tokens={self.every_tokens} both say how often; give one")
+        return self
 
     @model_validator(mode="after")
     def check_tasks(self) -> "EvalsSettings":
@@ -83,7 +140,7 @@ def check_suite(settings: EvalsSettings, materials: Materials) -> None:
 
 
 def run_suite(
-    model: Transformer, settings: EvalsSettings, materials: Materials, next_rotary: RotarySpec | None = None
+    model: Transformer, settings: EvalsSettings, materials: Materials, next_rotary: AnyRotary | None = None
 ) -> list[Cell]:
     """Ask the model every task; the same settings and materials ask every model the same.
 
@@ -95,6 +152,13 @@ def run_suite(
         for name in tasks_of(settings)
         for cell in TASKS[name].run(model, getattr(settings, name), materials, settings.seed)
     ]
-    if next_rotary is not None and settings.routing is not None and "routing" in tasks_of(settings):
-        cells += routing.shift(model, settings.routing, materials, settings.seed, next_rotary)
-    return cells
+    return cells + effective_cells(cells) + shift_routing(model, settings, materials, next_rotary)
+
+
+def shift_routing(
+    model: Transformer, settings: EvalsSettings, materials: Materials, next_rotary: AnyRotary | None
+) -> list[Cell]:
+    """What the next stage's RoPE does to the routing; nothing where none takes over or routing is not asked."""
+    if next_rotary is None or settings.routing is None or "routing" not in tasks_of(settings):
+        return []
+    return routing.shift(model, settings.routing, materials, settings.seed, next_rotary)

@@ -3,11 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from data.tokenizer import Tokenizer
-from evals.harness import Rows
+from evals.intervals import fields, ratio_interval
+from evals.scoring import Rows
 from model.loss import IGNORED
 
 
@@ -54,11 +56,23 @@ def read(tokens: np.ndarray, starts: np.ndarray, length: int, end_of_text: int) 
 
 @dataclass(frozen=True)
 class Loss:
-    """Losses of asked tokens, summed up."""
+    """Losses of asked tokens, summed up in each of B windows."""
 
-    nats: float
-    tokens: int
-    num_bytes: int
+    nats_B: np.ndarray
+    tokens_B: np.ndarray
+    bytes_B: np.ndarray
+
+    @cached_property
+    def nats(self) -> float:
+        return float(self.nats_B.sum())
+
+    @cached_property
+    def tokens(self) -> int:
+        return int(self.tokens_B.sum())
+
+    @cached_property
+    def num_bytes(self) -> int:
+        return int(self.bytes_B.sum())
 
     @property
     def bits_per_byte(self) -> float:
@@ -68,9 +82,23 @@ class Loss:
     def per_token(self) -> float:
         return self.nats / self.tokens if self.tokens else math.nan
 
+    def bounds(self, seed: int = 0) -> dict[str, float]:
+        """95% interval of the bits per byte, windows drawn anew: `low`, `high`; neither where one window was read."""
+        return fields(ratio_interval(self.nats_B / math.log(2), self.bytes_B, seed))
+
+    def gain_over(self, other: "Loss", seed: int = 0) -> dict[str, float]:
+        """Bits per byte less than `other`'s on the same labels: `gain`, and its 95% interval `gain_low`, `gain_high`.
+
+        Windows are drawn in pairs: what makes one of them hard is hard for both.
+        """
+        saved_B = (other.nats_B - self.nats_B) / math.log(2)
+        interval = fields(ratio_interval(saved_B, self.bytes_B, seed))
+        return {"gain": other.bits_per_byte - self.bits_per_byte, **{f"gain_{end}": at for end, at in interval.items()}}
+
 
 def sum_up(labels_BT: np.ndarray, logprob_BT: np.ndarray, tokenizer: Tokenizer) -> Loss:
     """The loss over all asked positions of these (slices of) rows."""
     is_asked_BT = labels_BT != IGNORED
-    nats = -float(logprob_BT[is_asked_BT].sum(dtype=np.float64))
-    return Loss(nats, int(is_asked_BT.sum()), int(tokenizer.num_bytes(labels_BT[is_asked_BT])))
+    nats_B = -np.where(is_asked_BT, logprob_BT, 0).sum(axis=1, dtype=np.float64)
+    bytes_B = np.array([tokenizer.num_bytes(labels_T[labels_T != IGNORED]) for labels_T in labels_BT])
+    return Loss(nats_B, is_asked_BT.sum(axis=1), bytes_B)

@@ -1,4 +1,4 @@
-"""Models whose answers are known: what they score says whether the harness asks and counts rightly."""
+"""Models whose answers are known: what they score says whether scoring asks and counts rightly."""
 
 import contextlib
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from data.tokenizer import ByteSettings, build_tokenizer
-from evals.harness import Materials
+from evals.scoring import Materials
 
 VOCAB = 257
 
@@ -73,16 +73,17 @@ class RandomModel(nn.Module):
         self.calls.append(call)
         hidden_BTD = self.drop(self.embedding[tokens_BT].cumsum(1) / tokens_BT.shape[1])
         layers = range(self.layers) if self.experts else ()
-        return hidden_BTD, tuple(SimpleNamespace(counts_E=self.route(tokens_BT, layer)) for layer in layers)
+        return hidden_BTD, tuple(self.stats(self.route(tokens_BT, layer)) for layer in layers)
+
+    def stats(self, chosen_N):
+        counts_E = torch.bincount(chosen_N, minlength=self.experts)
+        return SimpleNamespace(counts_E=counts_E, selected_NK=chosen_N[:, None], num_experts=self.experts)
 
     def route(self, tokens_BT, layer):
         """Layer 0 shares the tokens out evenly over all experts but the last; layer 1 sends all to expert 0."""
-        chosen = (
-            tokens_BT.flatten() % (self.experts - 1)
-            if layer == 0
-            else torch.zeros(tokens_BT.numel(), dtype=torch.int64)
-        )
-        return torch.bincount(chosen, minlength=self.experts)
+        if layer == 0:
+            return tokens_BT.flatten() % (self.experts - 1)
+        return torch.zeros(tokens_BT.numel(), dtype=torch.int64)
 
 
 @pytest.fixture(scope="session")

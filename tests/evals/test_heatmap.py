@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from evals.harness import Cell
-from evals.heatmap import coloured, draw, effective_length, make_grid, plain, png, save_png, show
+from evals.grid import effective_cells, effective_length, make_grid
+from evals.heatmap import draw, png, save_png
+from evals.scoring import Cell
+from evals.terminal import coloured, plain, show
 
 LENGTHS, DEPTHS = (64, 128, 256, 512), (0.0, 0.5, 1.0)
 
@@ -58,6 +60,18 @@ def test_effective_length_is_over_the_mean_of_depths():
     measured = cells(lambda length, depth: {0.0: 0.4, 0.5: 1.0, 1.0: 1.0}[depth])
     assert effective_length(measured, 0.8) == 512 and effective_length(measured, 0.81) == 0
     assert effective_length([]) == 0
+
+
+def test_effective_lengths_are_cells_of_their_own():
+    induction = [Cell("induction", n, None, s, 9) for n, s in ((8, 1.0), (16, 0.9), (32, 0.2))]
+    found = effective_cells(
+        [*cells(), *induction, Cell("copying", 8, None, 1.0, 4), Cell("held_out/web", 8, None, 1.0, 4)]
+    )
+    assert [(cell.task, cell.score, cell.length, cell.count) for cell in found] == [
+        ("effective_length/needle", 128, 512, 4),
+        ("effective_length/induction", 16, 32, 3),
+    ]
+    assert found[0].extra == {"threshold": 0.8} and effective_cells([]) == []
 
 
 def test_plain_text_is_ascii_and_marks_the_trained_length():

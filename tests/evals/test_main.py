@@ -6,8 +6,9 @@ import re
 import pytest
 import torch
 
-from evals.__main__ import choose, load_checkpoint, main, parse_arguments, read_rotary
-from evals.suite import run_suite, tasks_of
+from evals.__main__ import load_checkpoint, main, parse_arguments, read_rotary
+from evals.defaults import SLOW, choose, tables_around, with_lengths
+from evals.suite import TASKS, EvalsSettings, run_suite, tasks_of
 from model.initialize import initialize
 from model.transformer import build_model
 from run.checkpoint import Checkpoints
@@ -74,11 +75,13 @@ def test_asks_what_the_run_would_have_asked(run_folder, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "evals.jsonl").read_text().splitlines()]
     expected = run_suite(loaded.model, loaded.config.evals, loaded.materials)
     assert [row["score"] for row in rows] == [cell.score for cell in expected]
-    assert {row["task"] for row in rows} == {"needle", "held_out/words"}
+    assert {row["task"] for row in rows} == {"needle", "effective_length/needle", "held_out/words"}
     assert all((row["step"], row["tokens"], row["trained_length"], row["stage"]) == (3, 768, 64, 1) for row in rows)
     assert (tmp_path / "needle.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
-    assert "tiny at step 3" in out and "trained at 64" in out and "held_out/words" in out
+    assert "tiny at step 3" in out and "trained at 64" in out
+    lines = [line.split() for line in out.splitlines() if line.startswith(("needle ", "held_out/words "))]
+    assert len(lines) == 10 + 1 and all("to" in line for line in lines)
 
 
 def test_the_stage_is_that_of_the_last_step(run_folder):
@@ -94,17 +97,61 @@ def test_weights_are_the_checkpoints(run_folder):
     torch.testing.assert_close(loaded.model.head_weight, fresh.head_weight * 20)
 
 
+def ask(loaded, tasks, lengths):
+    return choose(loaded.config.evals, loaded.stage.sequence_length, loaded.materials, tasks, lengths)[0]
+
+
+def test_every_task_can_be_named_without_a_table(run_folder, tmp_path, capsys):
+    """Those that this text is too short for are refused by the key that says so; none is forgotten."""
+    loaded = load_checkpoint(run_folder, "cpu")
+    assert set(tables_around(64, loaded.materials)) == set(TASKS)
+    quick = ["mqar", "induction", "copying", "k_shot_copy", "last_tokens", "long_ppl", "routing_positions", "positions"]
+    words = [str(run_folder), "--tasks", ",".join(quick), "--lengths", "24,32", "--out", str(tmp_path)]
+    main(parse_arguments(words))
+    rows = [json.loads(line) for line in (tmp_path / "evals.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(row["task"].partition("/")[0] for row in rows)) == [*quick, "effective_length"]
+    assert {row["length"] for row in rows if row["task"] in ("induction", "copying", "mqar")} == {24, 32}
+    assert (tmp_path / "positions.png").read_bytes().startswith(b"\x89PNG")
+    assert "positions.png" in capsys.readouterr().out
+
+
+def test_without_a_word_everything_possible_is_asked(run_folder):
+    loaded = load_checkpoint(run_folder, "cpu")
+    settings, left_out = choose(EvalsSettings(), 64, loaded.materials, None, None)
+    skipped = [line.partition(" is left out: ")[0] for line in left_out]
+    assert sorted([*tasks_of(settings), *skipped, *SLOW]) == sorted(TASKS) and "passkey" in skipped
+    assert tasks_of(settings)[:2] == ["held_out", "needle"] and settings.needle.lengths == (32, 64, 128, 256)
+    assert settings.passkey is None
+    with pytest.raises(Refusal):
+        run_suite(loaded.model, choose(EvalsSettings(), 64, loaded.materials, ["passkey"], None)[0], loaded.materials)
+
+
+def test_lengths_are_given_in_tokens_of_a_row():
+    assert with_lengths({"lengths": [8]}, [64, 32]) == {"lengths": [32, 64]}
+    assert with_lengths({"length": 8, "tokens": 9}, [64, 32]) == {"length": 64, "tokens": 9}
+    assert with_lengths({"lags": [8]}, [64, 32]) == {"lags": [16, 32]}
+    assert with_lengths({"shots": [1]}, [64]) == {"shots": [1]}
+
+
+def test_tasks_are_listed(capsys):
+    main(parse_arguments(["--list"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(TASKS) and all(len(line) > 30 for line in lines)
+    with pytest.raises(SystemExit):
+        parse_arguments([])
+
+
 def test_tasks_and_lengths_of_the_command_line(run_folder):
     loaded = load_checkpoint(run_folder, "cpu")
-    settings = choose(loaded, ["routing", "needle"], [128, 64])
+    settings = ask(loaded, ["routing", "needle"], [128, 64])
     assert tasks_of(settings) == ["routing", "needle"]
     assert settings.needle.lengths == (64, 128) and settings.needle.samples == 2
     assert settings.routing.length == 128 and settings.seed == 5
-    assert tasks_of(choose(loaded, None, None)) == ["held_out", "needle"]
+    assert tasks_of(ask(loaded, None, None)) == ["held_out", "needle"]
     with pytest.raises(Refusal, match="unknown task 'nedle'; did you mean 'needle'"):
-        choose(loaded, ["nedle"], None)
+        ask(loaded, ["nedle"], None)
     with pytest.raises(Refusal, match=r"evals.needle.lengths=999999 does not fit"):
-        run_suite(loaded.model, choose(loaded, ["needle"], [999_999]), loaded.materials)
+        run_suite(loaded.model, ask(loaded, ["needle"], [999_999]), loaded.materials)
 
 
 def test_another_rotation_for_the_same_weights(run_folder, tmp_path):

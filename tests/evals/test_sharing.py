@@ -9,9 +9,9 @@ import pytest
 from pydantic import ValidationError
 
 from context.rotary import DefaultRotary
-from evals import harness, needle
-from evals.harness import Rows, score_rows
+from evals import answers, needle, scoring
 from evals.needle import NeedleSettings, make_grid
+from evals.scoring import Rows, score_rows
 from model.initialize import initialize
 from model.transformer import ModelSettings, Transformer, build_model
 from settings import Refusal, validate
@@ -48,7 +48,7 @@ def counted(model: Transformer) -> Iterator[list[int]]:
     hook.remove()
 
 
-def alone(model: Transformer, materials: harness.Materials, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+def alone(model: Transformer, materials: scoring.Materials, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Each row scored in a call of its own, where there is nothing to share."""
     one_by_one = [
         score_rows(model, materials, Rows(rows.tokens_BT[row : row + 1], rows.labels_BT[row : row + 1]))
@@ -83,16 +83,16 @@ def test_rows_that_share_nothing_are_read_whole_and_bit_for_bit_as_ever(material
     model, rng = decoder("full"), np.random.default_rng(0)
     window = rng.integers(0, 256, size=(6, T + 1))
     rows = Rows(window[:, :-1], window[:, 1:])
-    monkeypatch.setattr(harness, "new_cache", None)
+    monkeypatch.setattr(scoring, "new_cache", None)
     _, logprob_BT = score_rows(model, materials, rows)
-    hidden_ND = model(harness.to_device(rows.tokens_BT, materials.device))[0].detach().flatten(0, 1)
-    labels_N = harness.to_device(rows.labels_BT.ravel(), materials.device)
-    losses_N = harness.token_losses(hidden_ND, model.head_weight, labels_N, harness.LOGITS_CHUNK)
+    hidden_ND = model(scoring.to_device(rows.tokens_BT, materials.device))[0].detach().flatten(0, 1)
+    labels_N = scoring.to_device(rows.labels_BT.ravel(), materials.device)
+    losses_N = scoring.token_losses(hidden_ND, model.head_weight, labels_N, scoring.LOGITS_CHUNK)
     np.testing.assert_array_equal(logprob_BT.ravel(), -losses_N.numpy())
 
 
 def test_rows_cut_into_documents_are_never_read_on_from_a_beginning(materials, monkeypatch) -> None:
-    monkeypatch.setattr(harness, "new_cache", None)
+    monkeypatch.setattr(scoring, "new_cache", None)
     window = np.zeros((3, T + 1), dtype=np.int64)
     window[:, 20] = 256
     score_rows(decoder("full"), materials, Rows(window[:, :-1], window[:, 1:], end_of_text=256))
@@ -123,7 +123,7 @@ def test_a_grid_of_depths_costs_about_one_reading_a_length(name: str, materials,
     question = 9  # ?AB=1234 and the end of the line; the first letters of keys may agree
     most = sum(settings.samples * (length + 5 * question) for length in settings.lengths)
     assert sum(shared_counts) <= most < 1.4 * settings.samples * sum(settings.lengths)
-    monkeypatch.setattr(needle, "score_rows", alone)
+    monkeypatch.setattr(answers, "score_rows", alone)
     with counted(model) as all_counts:
         unshared = needle.run(model, settings, materials, seed=0)
     assert sum(all_counts) == 6 * 3 * sum(settings.lengths)

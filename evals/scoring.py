@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from attention.mask import Documents, Mask
 from data.tokenizer import Tokenizer
 from evals.prefixes import batches, find_families
+from evals.ranks import Ranks
 from model.loss import IGNORED, greedy, token_losses
 from model.prefill import new_cache, read
 from model.transformer import Transformer
@@ -33,6 +34,8 @@ class Materials:
     """A fresh context of the run's precision."""
     tokens_per_forward: int = 16_384
     """Rows are forwarded together up to this many tokens; a longer row goes alone."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """Those that share out the rows; every one of them asks the same, in the same order."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,17 @@ class Cell:
     """How many samples (needle) or tokens (the rest) the score is a mean over."""
     extra: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.row(
+            0, 0
+        )  # a field that the row has already is our mistake: found where it is made, not when it is written
+
     def row(self, step: int, tokens: int) -> dict[str, Any]:
         """The cell as one flat JSON object, stamped with the step and the tokens trained on so far."""
         stamped = {"step": step, "tokens": tokens, "task": self.task, "length": self.length, "depth": self.depth}
         named = {**stamped, "score": self.score, "count": self.count}
-        assert not named.keys() & self.extra.keys(), (
-            f"{self.task}: extra fields hide {named.keys() & self.extra.keys()}"
-        )
+        hidden = named.keys() & self.extra.keys()
+        assert not hidden, f"{self.task}: extra fields hide {hidden}"
         return {**named, **self.extra}
 
     @classmethod
@@ -82,6 +89,10 @@ class Rows:
     @property
     def is_asked_BT(self) -> np.ndarray:
         return self.labels_BT != IGNORED
+
+    def of(self, rows_B: np.ndarray) -> "Rows":
+        """Some of the rows."""
+        return replace(self, tokens_BT=self.tokens_BT[rows_B], labels_BT=self.labels_BT[rows_B])
 
 
 @contextmanager
@@ -131,8 +142,7 @@ def readings(model: nn.Module, materials: Materials, rows: Rows) -> Iterator[Rea
     A decoder reads once what rows have in common, and a row of more than `tokens_per_forward` in chunks of that many.
     """
     length = rows.tokens_BT.shape[1]
-    # Rows cut into documents begin alike by chance alone, and nothing may be read on from a document before.
-    families = find_families(rows.tokens_BT) if isinstance(model, Transformer) and rows.end_of_text is None else []
+    families = find_families(rows.tokens_BT) if shares_prefixes(model, rows) else []
     has_shared = any(family.shared for family in families)
     if not families or (not has_shared and length <= materials.tokens_per_forward):
         for part, hidden_BTD, _ in forwards(model, materials, rows):
@@ -141,6 +151,14 @@ def readings(model: nn.Module, materials: Materials, rows: Rows) -> Iterator[Rea
     assert isinstance(model, Transformer)
     for rows_BM, shared in batches(families, max(1, materials.tokens_per_forward // length)):
         yield from _read_together(model, materials, rows, rows_BM, shared)
+
+
+def shares_prefixes(model: nn.Module, rows: Rows) -> bool:
+    """Whether what rows have in common is read once: by a decoder, in rows that are no packed documents.
+
+    These begin alike by chance alone, and nothing may be read on from a document before.
+    """
+    return isinstance(model, Transformer) and rows.end_of_text is None
 
 
 def _read_together(
@@ -164,8 +182,30 @@ def _read_together(
 def score_rows(model: nn.Module, materials: Materials, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """What the model says at every asked position: (greedy_BT token ids, logprob_BT of the label in nats).
 
-    Logits are made at the asked positions alone; the others hold -1 and NaN.
+    Logits are made at the asked positions alone; the others hold -1 and NaN. Ranks read different rows, those that
+    begin alike on one rank, and all of them get all scores.
     """
+    ranks = materials.ranks
+    if ranks.size == 1:
+        return _score(model, materials, rows)
+    groups_B = np.arange(len(rows.tokens_BT))
+    if shares_prefixes(model, rows):
+        for family in find_families(rows.tokens_BT):
+            groups_B[list(family.rows)] = family.rows[0]
+    mine = ranks.mine(groups_B)
+    greedy_BT, logprob_BT = np.full_like(rows.labels_BT, -1), np.full(rows.labels_BT.shape, np.nan, dtype=np.float32)
+    if len(mine):
+        greedy_BT[mine], logprob_BT[mine] = _score(model, materials, rows.of(mine))
+    is_asked_BT = rows.is_asked_BT
+    is_mine_N = np.isin(np.nonzero(is_asked_BT)[0], mine)
+    for scores_BT in (greedy_BT, logprob_BT):
+        # A number that another rank has read is zero here; one that is no number stays none.
+        scores_BT[is_asked_BT] = ranks.sum(np.where(is_mine_N, scores_BT[is_asked_BT], 0), materials.device)
+    return greedy_BT, logprob_BT
+
+
+def _score(model: nn.Module, materials: Materials, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """`score_rows` by this rank alone."""
     greedy_BT = np.full(rows.labels_BT.shape, -1, dtype=np.int64)
     logprob_BT = np.full(rows.labels_BT.shape, np.nan, dtype=np.float32)
     with evaluating(model, materials):

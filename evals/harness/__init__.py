@@ -1,0 +1,1 @@
+"""lm-evaluation-harness (the package lm-eval) on checkpoints of ours."""

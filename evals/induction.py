@@ -1,0 +1,38 @@
+"""Induction heads by length: what followed the only other mark of a row of random tokens (Mamba, table 11)."""
+
+import numpy as np
+from pydantic import Field, PositiveInt
+from torch import nn
+
+from data.order import counted, derive
+from data.synthetic.induction import induction_samples
+from evals.alphabet import alphabet, written_in
+from evals.answers import answer_rows
+from evals.scoring import Cell, Materials
+from settings import Section
+
+
+class InductionSettings(Section):
+    lengths: tuple[PositiveInt, ...] = Field(min_length=1)
+    """Tokens in a row, both marks included."""
+    vocabulary: PositiveInt = 16
+    """Different tokens, the mark among them."""
+    samples: PositiveInt = 100
+    """Rows of each length."""
+
+
+def check(settings: InductionSettings, materials: Materials) -> None:
+    """Refuse a row without room, and a vocabulary that the tokenizer does not give."""
+    alphabet(materials, settings.vocabulary, "evals.induction.vocabulary")
+    induction_samples(np.empty(0, dtype=np.uint64), min(settings.lengths), settings.vocabulary)
+
+
+def run(model: nn.Module, settings: InductionSettings, materials: Materials, seed: int) -> list[Cell]:
+    """One cell a length: score is the share of rows whose answer is the model's first choice; guessing: 1 / 15."""
+    check(settings, materials)
+    ids_V, cells = alphabet(materials, settings.vocabulary, "evals.induction.vocabulary"), []
+    for length in settings.lengths:
+        keys_S = counted(derive(seed, "induction", length), np.arange(settings.samples))
+        rows = written_in(ids_V, induction_samples(keys_S, length, settings.vocabulary))
+        cells.append(answer_rows(model, materials, rows).cell("induction", length))
+    return cells

@@ -1,0 +1,81 @@
+"""What the beginning of a document is worth: the loss of the same last tokens, seen with less and with more before."""
+
+from fractions import Fraction
+
+import numpy as np
+from pydantic import Field, PositiveInt, field_validator, model_validator
+from torch import nn
+
+from evals.long_documents import long_windows, sources_with_long_documents
+from evals.scoring import Cell, Materials, Rows, score_rows
+from evals.windows import Loss, sum_up
+from model.loss import IGNORED
+from settings import Section
+
+
+class LastTokensSettings(Section):
+    length: PositiveInt
+    """Tokens in the whole window; only documents longer than this are read."""
+    last: PositiveInt | None = None
+    """So many tokens at the window's end are predicted; left out, an eighth of it."""
+    shares: tuple[float, ...] = Field(default=(0.25, 0.5, 1.0), min_length=1)
+    """Of the window, its end: so much of it is seen, a cell each."""
+    sources: tuple[str, ...] = ()
+    """Which sources are read; left out, all that hold a document long enough."""
+    tokens: PositiveInt = 65_536
+    """At most so many tokens are read of each source in whole windows."""
+
+    @field_validator("shares")
+    @classmethod
+    def check_shares(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < share <= 1 for share in shares) or len(set(shares)) < len(shares):
+            raise ValueError("each entry is a share of the window, above 0 and at most 1; give each once")
+        return shares
+
+    @model_validator(mode="after")
+    def check_last(self) -> "LastTokensSettings":
+        shortest = int(min(self.shares) * self.length)
+        if num_last(self) > shortest or num_last(self) < 1:
+            raise ValueError(
+                f"last={num_last(self)} tokens do not fit the shortest window, {min(self.shares)} of "
+                f"length={self.length}; use {max(shortest, 1)} or fewer"
+            )
+        return self
+
+
+def num_last(settings: LastTokensSettings) -> int:
+    """How many tokens are predicted."""
+    return settings.last if settings.last is not None else max(1, settings.length // 8)
+
+
+def check(settings: LastTokensSettings, materials: Materials) -> None:
+    """Refuse a length that no document of the sources reaches."""
+    sources_with_long_documents(materials, settings.sources, settings.length, "last_tokens")
+
+
+def run(model: nn.Module, settings: LastTokensSettings, materials: Materials, seed: int) -> list[Cell]:
+    """One cell for each source and share of the window: score is bits per byte of the last tokens, the same in all.
+
+    The cell's length is what is seen. Extra: `loss` (nats), `window`, and, against the least that was seen, `gain` in
+    bits per byte with its interval `gain_low`, `gain_high`.
+    """
+    cells = []
+    for name in sources_with_long_documents(materials, settings.sources, settings.length, "last_tokens"):
+        whole = long_windows(materials, name, settings.length, settings.tokens, seed)
+        first: Loss | None = None
+        for share in sorted(settings.shares):
+            rows = seen_through(whole, int(Fraction(share) * settings.length), num_last(settings))
+            loss = sum_up(rows.labels_BT, score_rows(model, materials, rows)[1], materials.tokenizer)
+            first = first or loss
+            extra = {"loss": loss.per_token, "window": settings.length, **loss.bounds(seed)}
+            gain = {} if loss is first else loss.gain_over(first, seed)
+            length = rows.tokens_BT.shape[1]
+            cells.append(Cell(f"last_tokens/{name}", length, None, loss.bits_per_byte, loss.tokens, {**extra, **gain}))
+    return cells
+
+
+def seen_through(whole: Rows, length: int, last: int) -> Rows:
+    """The ends of windows, so many tokens of each, with only the last ones asked for."""
+    labels_BT: np.ndarray = whole.labels_BT[:, -length:].copy()
+    labels_BT[:, : length - last] = IGNORED
+    return Rows(whole.tokens_BT[:, -length:], labels_BT, whole.end_of_text)
