@@ -1,14 +1,13 @@
 """Pretrain one model from one configuration: `python train.py CONFIG [section.key=value ...]`."""
 
 import argparse
-import sys
 
 import torch
 
-from context.stages import Stage, Stages
+from context.step_plan import StepPlan
 from data.batches import Batch, Batches
-from evals.harness import Materials
-from evals.suite import check_suite, is_due, run_suite
+from evals.scoring import Materials
+from evals.suite import check_suite
 from model.loss import cross_entropy
 from model.size import count
 from model.transformer import Transformer, build_model
@@ -20,13 +19,18 @@ from parallel.apply import prepare_layers
 from parallel.experts import expert_mesh, shard_experts
 from parallel.replicate import norm_over_ranks, sum_gradients
 from parallel.sequence import split_attention
+from run.branch import begin_branch, find_origin
 from run.checkpoint import Checkpoints
 from run.config import RunConfig, load_config, rate_of_step, rows_of_step, show
+from run.demand import demand_of
+from run.entry import enter_stage
+from run.exam import Examiner
 from run.initial import first_weights
-from run.microbatches import count_tokens, cut_of, forward, split, tell_plan, watch_choices
+from run.microbatches import count_tokens, cut_of, forward, split, take_step, tell_plan, watch_choices
 from run.record import Progress, Recorder, StepReport
-from run.start import Run, refusing, start
-from run.trial import try_layers
+from run.start import Run, leave, refusing, start
+from run.trial import try_batches
+from run.ways import try_layers
 
 
 def main(config: RunConfig, *, fresh: bool = False) -> None:
@@ -34,14 +38,15 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     run = start(config, fresh=fresh)
     config = run.config
     mesh = expert_mesh(config.parallel, run.world, run.device)
-    stages = Stages(config.context.stages, config.tokens_per_step)
+    stages = config.stages
     with run.world.main_first():
         batches = Batches(config.data, seed=config.seed, rank=run.groups.rank, world_size=run.groups.size)
-    for stage in stages:
-        batches.check(stage.sequence_length, stage.mixture)
-        rows_of_step(config, stage.sequence_length, run.groups.size)
-    materials = Materials(batches.tokenizer, batches.all_held_out(), run.device, run.autocast)
+    for step in stages.first_steps():
+        batches.check(demand_of(step, batches))
+        rows_of_step(config, step, run.num_groups(step.stage))
+    materials = Materials(batches.tokenizer, batches.all_held_out(), run.device, run.autocast, ranks=run.askers)
     check_suite(config.evals, materials)
+    origin = find_origin(run, batches.fingerprint)
     tell_plan(batches, stages, run)
     model = build_model(config.model, batches.tokenizer.vocab_size)
     first_weights(run, model, batches.tokenizer)
@@ -50,55 +55,53 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     try_layers(model, stages.at(0), run)
     prepare_layers(model, compile=config.compile, recompute=config.recompute)
     optimizer = build_optimizer(model, config.optimizer)
-    run.open_folder(batches.fingerprint, count(config.model, batches.tokenizer.vocab_size))
+    run.open_folder(batches.fingerprint, count(config.model, batches.tokenizer.vocab_size), origin)
     checkpoints = Checkpoints(run.folder, config.checkpoint, model, optimizer.optimizers, config, run.say)
-    progress = Progress(**(checkpoints.restore_latest() or {}))
+    state = begin_branch(checkpoints, origin, run) if origin else checkpoints.restore_latest() or {}
+    progress = Progress.of(state)
+    try_batches(model, optimizer, batches, run, progress.tokens)
     recorder = Recorder(run, batches.tokenizer, progress)
+    examiner = Examiner(run, model, materials, recorder, state)
+    if origin:
+        examiner.enter_branch(progress)
 
     report = None
-    while progress.tokens < config.total_tokens and not run.should_stop():
-        stage, start_tokens = stages.at(progress.tokens), progress.tokens
-        microbatches = split(take_step(batches, stage, stages.first_sample(start_tokens), config), run)
-        progress = Progress(progress.step + 1, start_tokens + config.tokens_per_step)
-        model.use_rotary(stage.rotary)
-        optimizer.set_learning_rate(rate_of_step(config, stage, progress.tokens))
+    while progress.tokens < config.total_tokens and not run.should_stop() and not examiner.stops:
+        step = stages.step(progress.tokens)
+        progress = Progress(progress.step + 1, step.end_tokens)
+        enter_stage(model, optimizer, run, step)
+        microbatches = split(take_step(batches, step, run), step, run)
+        optimizer.set_learning_rate(rate_of_step(config, step))
         with recorder.profile(progress):
-            report = train_step(model, optimizer, microbatches, config, run)
-        recorder.record(progress, stage, report, optimizer.learning_rate)
-        if is_due(config.evals, start_tokens, progress.tokens, is_stage_end=progress.tokens == stage.until_tokens):
-            cells = run_suite(model, config.evals, materials, stages.new_rotary(progress.tokens))
-            recorder.record_evals(progress, stage, cells)
-        if checkpoints.due(progress.step) or progress.tokens == stage.until_tokens:
-            save(checkpoints, progress, report)
+            report = train_step(model, optimizer, microbatches, step, run)
+        recorder.record(progress, step, report, optimizer.learning_rate)
+        examiner.after(step, progress)
+        if checkpoints.due(progress.step) or step.is_last_of_stage:
+            save(checkpoints, progress, report, examiner)
     if checkpoints.latest_step != progress.step and report is not None:
-        save(checkpoints, progress, report)  # stopped by a signal
-    recorder.close(progress)
+        save(checkpoints, progress, report, examiner)  # stopped by a signal
+    recorder.close(progress, is_asked_to_stop=not examiner.stops)
     run.finish()
-
-
-def take_step(batches: Batches, stage: Stage, first_sample: int, config: RunConfig) -> list[Batch]:
-    """Micro-batches of whole rows for this rank's group: the step that begins at the stage's sample `first_sample`."""
-    num_samples = config.tokens_per_step // stage.sequence_length
-    rows = rows_of_step(config, stage.sequence_length, batches.world_size)
-    return batches.take(stage.index, stage.sequence_length, stage.mixture, first_sample, num_samples, rows)
+    examiner.obey()
 
 
 def train_step(
-    model: Transformer, optimizer: Optimizer, microbatches: list[Batch], config: RunConfig, run: Run
+    model: Transformer, optimizer: Optimizer, microbatches: list[Batch], step: StepPlan, run: Run
 ) -> StepReport:
     """One optimizer step: the loss is the sum over all target tokens of all ranks, divided by their number."""
+    config = run.config
     model.train()
     optimizer.zero_grad()
     routers = [module for module in model.modules() if isinstance(module, Router)]
     num_targets, num_real = count_tokens(microbatches, run)
-    balance = StepBalance(config.model.moe if routers else None, cut_of(microbatches, run), num_real)
+    balance = StepBalance(config.model.moe if routers else None, cut_of(microbatches, step, run), num_real)
     routing = RoutingMeter(routers, run.world.rank, run.world.size)
     nats = torch.zeros((), device=run.device)
     with torch.no_grad():
         for batch in balance.ahead(microbatches):
-            balance.count(forward(model, batch, run)[1], batch.rows_B.to(run.device))
+            balance.count(forward(model, batch, run, step.window)[1], batch.rows_B.to(run.device))
     for batch in (batch.to(run.device) for batch in reversed(microbatches)):  # the last one completes the counts
-        hidden_BTD, stats = forward(model, batch, run)
+        hidden_BTD, stats = forward(model, batch, run, step.window)
         with run.autocast():
             labels_N, weights_N = batch.labels_BT.flatten(), batch.weights_BT.flatten()
             sums = cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, labels_N, weights_N, config.loss_chunk)
@@ -112,14 +115,15 @@ def train_step(
     optimizer.step()
     if routing.counts_LE is not None:
         update_biases(routers, routing.counts_LE, balance.rules)
-    watch_choices(routing, stats, model, microbatches[0], run)
+    watch_choices(routing, stats, model, microbatches[0], step, run)
     return StepReport(nats / num_targets, gradient_norm, routing, microbatches)
 
 
-def save(checkpoints: Checkpoints, progress: Progress, report: StepReport) -> None:
+def save(checkpoints: Checkpoints, progress: Progress, report: StepReport, examiner: Examiner) -> None:
     """Save this step; raises Refusal, with the last good checkpoint untouched, when its numbers are not finite."""
     report.check_finite(progress, checkpoints.latest_step)
-    checkpoints.save(progress.step, vars(progress))
+    state = {**vars(progress), **examiner.state()}
+    checkpoints.save(progress.step, state, is_stage_end=examiner.is_stage_end(progress))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -138,4 +142,4 @@ if __name__ == "__main__":
         config = load_config(arguments.config, arguments.overrides)
         show(config) if arguments.show else main(config, fresh=arguments.fresh)
 
-    sys.exit(refusing(enter))
+    leave(refusing(enter))

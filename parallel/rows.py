@@ -37,12 +37,21 @@ class SplitBatch(Batch):
     @property
     def num_documents(self) -> int:
         """See Batch; over the ranks of the group they sum to those of the whole rows."""
-        return int(((self.positions_BT == 0) & (self.places_BT < self.sequence_length)).sum())
+        starts = torch.tensor([0, *accumulate(self.lengths)], device=self.places_BT.device)
+        in_step_BT = torch.arange(len(self.places_BT), device=starts.device)[:, None] * self.layout.row_length
+        is_start_BT = torch.isin(in_step_BT + self.places_BT, starts)
+        return int((is_start_BT & (self.places_BT < self.sequence_length)).sum())
+
+    @property
+    def mask_lengths(self) -> tuple[int, ...]:
+        """See Batch; what was added to a row is a stretch of its own."""
+        rows = (self.sequence_length,) * len(self.tokens_BT)
+        return self.lengths if self.has_document_mask else lengthen(rows, self.sequence_length, self.num_padding)
 
 
 def mask_of(batch: Batch) -> Mask:
-    """What attention may see in this micro-batch: each document itself, wherever its tokens lie."""
-    documents = Documents(batch.lengths)
+    """What attention may see in this micro-batch: each document itself, or whole rows, wherever their tokens lie."""
+    documents = Documents(batch.mask_lengths)
     if isinstance(batch, SplitBatch):
         return SplitMask(documents=documents, layout=batch.layout)
     return Mask(documents=documents)
@@ -55,7 +64,7 @@ def split_batch(
 
     window: what the layers see at most, for a layout that balances their work.
     """
-    layout, lengths = lay_out(batch.lengths, len(batch.tokens_BT), settings, num_ranks, window)
+    layout, _ = lay_out(batch.mask_lengths, len(batch.tokens_BT), settings, num_ranks, window)
     whole = pad(batch, layout.row_length)
     share = {name: layout.shard(value, rank) for name, value in whole.items()}
     counts = {
@@ -63,8 +72,10 @@ def split_batch(
         "num_tokens": layout.num_local_tokens,
         "num_real": int(share["is_real_BT"].sum()),
     }
-    extras = {"layout": layout, "num_padding": layout.row_length - batch.sequence_length}
-    return SplitBatch(**{**vars(batch), **share, **counts, **extras, "lengths": lengths})
+    extra = layout.row_length - batch.sequence_length
+    lengths = lengthen(batch.lengths, batch.sequence_length, extra)
+    extras = {"layout": layout, "num_padding": extra, "lengths": lengths}
+    return SplitBatch(**{**vars(batch), **share, **counts, **extras})
 
 
 def lay_out(
@@ -73,13 +84,15 @@ def lay_out(
     """The layout of rows that these documents fill, and the documents with the padding at each row's end, if any."""
     kind, chunks, row_length = settings.layout, settings.chunks_per_rank, sum(lengths) // num_rows
     padded = padded_length(row_length, kind, num_ranks, chunks)
-    if padded > row_length:
-        ends = accumulate(lengths)
-        extra = padded - row_length
-        pairs = ((n,) if end % row_length else (n, extra) for n, end in zip(lengths, ends, strict=True))
-        lengths = tuple(chain.from_iterable(pairs))
-    layout = Layout.make(kind, num_rows, padded, num_ranks, lengths, chunks_per_rank=chunks, window=window)
-    return layout, tuple(lengths)
+    lengths = lengthen(lengths, row_length, padded - row_length)
+    return Layout.make(kind, num_rows, padded, num_ranks, lengths, chunks_per_rank=chunks, window=window), lengths
+
+
+def lengthen(lengths: Sequence[int], row_length: int, extra: int) -> tuple[int, ...]:
+    """The documents of rows that get `extra` places at their ends: a document of its own in each row, if any."""
+    ends = accumulate(lengths)
+    pairs = ((n,) if end % row_length or not extra else (n, extra) for n, end in zip(lengths, ends, strict=True))
+    return tuple(chain.from_iterable(pairs))
 
 
 def pad(batch: Batch, row_length: int) -> dict[str, Tensor]:

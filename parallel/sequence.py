@@ -1,11 +1,12 @@
 """Context parallelism: the ranks of a group hold each row together, and attention reaches from rank to rank."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from attention.attending import Attending
 from attention.attention import channels_per_head
 from attention.kinds import AnyAttention
 from attention.latent import LatentSettings
@@ -55,23 +56,45 @@ class RowGroup:
 ALONE = RowGroup()
 
 
-def build_row_group(settings: ParallelSettings, world: World, device: torch.device) -> RowGroup:
-    """This rank's group of neighbours; raises Refusal, on every rank, where the ranks do not divide into groups."""
+def build_row_group(
+    settings: ParallelSettings, world: World, device: torch.device, key: str = "parallel.context"
+) -> RowGroup:
+    """This rank's group of neighbours; raises Refusal, on every rank, where the ranks do not divide into groups.
+
+    key: where the size was written.
+    """
     if settings.context == 1:
         return ALONE
-    grid = build_grid("parallel.context", settings.context, world, device, ("data", "context"))
+    grid = build_grid(key, settings.context, world, device, ("data", "context"))
     return RowGroup(GroupComm(grid.get_group("context")), settings.sequence)
 
 
+def build_row_groups(
+    settings: ParallelSettings, keys: Mapping[int, str], world: World, device: torch.device
+) -> dict[int, RowGroup]:
+    """This rank's group of each size; keys: where each was written.
+
+    All at once and in one order: ranks that make groups in different orders wait for each other for good.
+    """
+    return {
+        size: build_row_group(settings.model_copy(update={"context": size}), world, device, keys[size])
+        for size in sorted(keys)
+    }
+
+
 def split_attention(model: Transformer, group: RowGroup) -> None:
-    """Let every attention layer of the model reach over the group, each by the method of its kind."""
-    if group.comm is None:
-        return
+    """Let every attention layer of the model reach over this group, by the method of its kind, and over no other."""
     for layer in model.modules():
         if isinstance(layer, AnyAttention):
-            name = group.settings.full if layer.window is None else group.settings.window
-            method = build_method(name, group.comm, group.settings.ulysses)
-            layer.attend = Split(layer.attend, method)  # type: ignore[assignment]  # is called the same way
+            local = layer.attend.local if isinstance(layer.attend, Split) else layer.attend
+            layer.attend = local if group.comm is None else _split(local, layer.window, group)
+
+
+def _split(local: Attending, window: int | None, group: RowGroup) -> Attending:
+    assert group.comm is not None
+    name = group.settings.full if window is None else group.settings.window
+    split = Split(local, build_method(name, group.comm, group.settings.ulysses))
+    return split  # type: ignore[return-value]  # is called the same way
 
 
 def farthest_view(model: ModelSettings) -> int | None:
@@ -80,15 +103,18 @@ def farthest_view(model: ModelSettings) -> int | None:
     return None if None in windows else max(window for window in windows if window is not None)
 
 
-def check_context(settings: ParallelSettings, model: ModelSettings) -> None:
-    """Raise ValueError where this model's rows cannot lie on several ranks as the settings say."""
+def check_context(settings: ParallelSettings, model: ModelSettings, key: str = "parallel.context") -> None:
+    """Raise ValueError where this model's rows cannot lie on several ranks as the settings say.
+
+    key: where the number of ranks was written.
+    """
     if settings.context == 1:
         return
     if model.moe is not None and model.moe.needs_whole_rows:
         which = "model.moe.capacity" if model.moe.capacity is not None else 'model.moe.router.kind="expert_choice"'
         raise ValueError(
-            f"parallel.context={settings.context} gives a rank only a part of a row, but {which} decides by all of it;"
-            " set parallel.context=1 or route without it"
+            f"{key}={settings.context} gives a rank only a part of a row, but {which} decides by all of it; set {key}=1"
+            " or route without it"
         )
     heads, methods = heads_of(model), {"full": settings.sequence.full, "window": settings.sequence.window}
     kinds = {kind.removesuffix("_nope") for kind in model.pattern}
@@ -102,7 +128,7 @@ def check_context(settings: ParallelSettings, model: ModelSettings) -> None:
             try:
                 check_heads(heads.num_heads, heads.num_kv_heads, settings.context)
             except Refusal as refusal:
-                raise ValueError(f'parallel.sequence.{kind}="ulysses": {refusal}') from None
+                raise ValueError(f'{key}={settings.context}, parallel.sequence.{kind}="ulysses": {refusal}') from None
 
 
 def heads_of(model: ModelSettings) -> Heads:

@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from pydantic import Field
@@ -45,7 +45,7 @@ class CheckpointSettings(Section):
     every_steps: int = Field(default=500, ge=1)
     """Steps from one checkpoint to the next; the end of a run and of a stage are saved as well."""
     keep: int = Field(default=3, ge=1)
-    """How many of the newest checkpoints stay on the disk."""
+    """How many of the newest checkpoints stay on the disk; the end of each stage stays beside them, for branches."""
 
 
 class Checkpoints:
@@ -77,11 +77,11 @@ class Checkpoints:
         """Whether the settings ask for a checkpoint of this step."""
         return step % self.settings.every_steps == 0
 
-    def save(self, step: int, state: Mapping[str, JSON]) -> Path:
+    def save(self, step: int, state: Mapping[str, JSON], *, is_stage_end: bool = False) -> Path:
         """Write the checkpoint of `step` and remove what is older than the newest `keep`; `state` is plain JSON.
 
         A step that this object has just written or restored is not written twice. Raises Refusal when the disk is full;
-        the checkpoints that were there before are then still there.
+        the checkpoints that were there before are then still there. The end of a stage is never removed.
         """
         target = self.folder / f"step_{step:08d}"
         if step == self.latest_step:
@@ -90,7 +90,8 @@ class Checkpoints:
         moments, optimizer_values = state_of(self.model, self.optimizers)
         if _is_writer():
             files = {"model.safetensors": weights, "optimizer.safetensors": moments}
-            self._write(target, step, {"state.json": dict(state), "optimizer.json": optimizer_values}, files)
+            facts = {"step": step, "torch": torch.__version__, "is_stage_end": is_stage_end}
+            self._write(target, facts, {"state.json": dict(state), "optimizer.json": optimizer_values}, files)
             self._prune(target)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
@@ -107,25 +108,36 @@ class Checkpoints:
         found = _newest_good(self.folder, self._read, self._skip)
         if found is None:
             return None
-        folder, (state, weights, optimizer_tensors, optimizer_values) = found
-        targets, shards = _targets(self.model), shards_of(self.model)
-        check_same(folder.name, "model", weights, outline_all(targets, shards))
-        load_state(folder.name, self.model, self.optimizers, optimizer_tensors, optimizer_values)
-        with torch.no_grad():
-            for name, tensor in cut_all(weights, shards).items():
-                targets[name].copy_(tensor)
+        folder, content = found
+        self._load(folder, content)
         self.latest_step = _step_of(folder)
         self._verdicts[folder] = True
-        return state
+        return content.state
 
-    def _write(self, target: Path, step: int, tables: Mapping[str, JSON], files: Mapping[str, Tensors]) -> None:
+    def restore(self, folder: Path) -> dict[str, JSON]:
+        """Load a checkpoint of another run and return its state; raises Damaged, with nothing loaded, where it is."""
+        content = _read_whole(folder, *_verify_steps(folder))
+        self._load(folder, content)
+        return content.state
+
+    def _load(self, folder: Path, content: "_Content") -> None:
+        targets, shards = _targets(self.model), shards_of(self.model)
+        check_same(folder.name, "model", content.weights, outline_all(targets, shards))
+        load_state(folder.name, self.model, self.optimizers, content.optimizer_tensors, content.optimizer_values)
+        with torch.no_grad():
+            for name, tensor in cut_all(content.weights, shards).items():
+                targets[name].copy_(tensor)
+
+    def _write(
+        self, target: Path, facts: Mapping[str, JSON], tables: Mapping[str, JSON], files: Mapping[str, Tensors]
+    ) -> None:
         texts = {name: json.dumps(table, indent=1, allow_nan=False) for name, table in tables.items()}
         texts["config.toml"] = to_toml(self.config)
         needed = sum(tensor.nbytes for named in files.values() for tensor in named.values()) + SLACK_BYTES
         if needed > shutil.disk_usage(self.folder).free:
             raise self._disk_full(target, needed)
         try:
-            write_sealed(target, texts, files, {"step": step, "torch": torch.__version__})
+            write_sealed(target, texts, files, facts)
         except (OSError, SafetensorError) as error:
             if not _is_disk_full(error):
                 raise
@@ -141,11 +153,12 @@ class Checkpoints:
         )
 
     def _prune(self, newest: Path) -> None:
-        """Keep the newest good folders; a damaged one goes once a good one as new as itself exists."""
+        """Keep the newest good folders and stage ends; a damaged one goes once a good one as new as itself exists."""
         self._verdicts[newest] = True
         folders = _folders(self.folder)
         good = [folder for folder in folders if self._is_good(folder)]
-        stale = [folder for folder in good[self.settings.keep :] if folder != newest]
+        old = [folder for folder in good[self.settings.keep :] if folder != newest]
+        stale = [folder for folder in old if not read_json(folder, MANIFEST).get("is_stage_end")]
         stale += [f for f in folders if self._is_good(f) is False and _step_of(f) <= _step_of(newest)]
         for folder in stale:
             shutil.rmtree(folder, ignore_errors=True)
@@ -175,11 +188,24 @@ class Checkpoints:
             raise Damaged(f"config.toml is of another configuration: {'; '.join(lines[:5])}")
         return manifest, state
 
-    def _read(self, folder: Path) -> tuple[dict[str, JSON], Tensors, Tensors, dict[str, JSON]]:
-        manifest, state = self._verify(folder)
-        weights = read_tensors(folder, "model.safetensors", manifest)
-        optimizer_tensors = read_tensors(folder, "optimizer.safetensors", manifest)
-        return state, weights, optimizer_tensors, read_json(folder, "optimizer.json")
+    def _read(self, folder: Path) -> "_Content":
+        return _read_whole(folder, *self._verify(folder))
+
+
+class _Content(NamedTuple):
+    """A checkpoint in memory."""
+
+    state: dict[str, JSON]
+    weights: Tensors
+    optimizer_tensors: Tensors
+    optimizer_values: dict[str, JSON]
+
+
+def _read_whole(folder: Path, manifest: Manifest, state: dict[str, JSON]) -> _Content:
+    """The content of a folder that is verified."""
+    weights = read_tensors(folder, "model.safetensors", manifest)
+    optimizer_tensors = read_tensors(folder, "optimizer.safetensors", manifest)
+    return _Content(state, weights, optimizer_tensors, read_json(folder, "optimizer.json"))
 
 
 def read_checkpoint(

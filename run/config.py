@@ -6,8 +6,11 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from context.rotary import frequencies
+from context.frequencies import frequencies
+from context.reach import notes
+from context.rotary import RotaryMap, by_view
 from context.stages import ContextSettings, Stage, Stages
+from context.step_plan import StepPlan
 from data.batches import DataSettings
 from evals.suite import EvalsSettings, tasks_of
 from model.transformer import ModelSettings
@@ -18,10 +21,13 @@ from optim.schedule import check_schedule, learning_rate
 from parallel.experts import check_experts
 from parallel.mesh import ParallelSettings
 from parallel.sequence import check_context
+from run.branch import BranchSettings
 from run.checkpoint import CheckpointSettings
+from run.gate import check_gates
 from run.initial import InitialSettings
 from run.plans import tell_plans, whole_documents
-from settings import Refusal, Section, load, nearest, to_toml
+from run.scale import scaled
+from settings import Refusal, Section, nearest, read, to_toml, validate
 
 
 class LogSettings(Section):
@@ -51,6 +57,8 @@ class RunConfig(Section):
     model: ModelSettings
     initial: InitialSettings | None = None
     """Left out: the first weights are drawn."""
+    branch: BranchSettings | None = None
+    """Left out: the run begins with its first stage."""
     context: ContextSettings
     data: DataSettings
     optimizer: OptimizerSettings
@@ -70,6 +78,27 @@ class RunConfig(Section):
     loss_chunk: PositiveInt = 4096
     """Tokens whose logits exist at one time."""
     profile: ProfileSettings | None = None
+    trial: bool = True
+    """Try the largest micro-batch of every stage to come before the first step: lack of memory then shows at once."""
+
+    @property
+    def stages(self) -> Stages:
+        """The stages placed in the run."""
+        return Stages(self.context.stages, self.tokens_per_step)
+
+    def row_ranks(self, stage: Stage) -> int:
+        """How many ranks hold each row together in this stage."""
+        return stage.settings.context or self.parallel.context
+
+    @property
+    def all_row_ranks(self) -> dict[int, str]:
+        """How many ranks hold each row together in some stage, and the key that says so."""
+        return {
+            self.row_ranks(stage): f"context.stages.{stage.index}.context"
+            if stage.settings.context
+            else "parallel.context"
+            for stage in reversed(list(self.stages))
+        }
 
     @model_validator(mode="after")
     def check_steps(self) -> "RunConfig":
@@ -79,20 +108,28 @@ class RunConfig(Section):
                 f"total_tokens={self.total_tokens} and the last stage's until_tokens={last} must be equal; "
                 f"set context.stages.{len(self.context.stages) - 1}.until_tokens={self.total_tokens}"
             )
-        Stages(self.context.stages, self.tokens_per_step)
         check_schedule(self.optimizer.schedule, self.total_tokens)
-        if self.tokens_per_microbatch is not None:
-            for number, stage in enumerate(self.context.stages):
-                key = f"context.stages.{number}.sequence_length"
-                _check_divides(key, stage.sequence_length, "tokens_per_microbatch", self.tokens_per_microbatch)
-        if self.tokens_per_microbatch is not None:
-            _check_divides("tokens_per_microbatch", self.tokens_per_microbatch, "tokens_per_step", self.tokens_per_step)
+        for step in self.stages.first_steps():
+            if (tokens := self.tokens_per_microbatch) is not None:
+                _check_divides(step.length_key, step.sequence_length, "tokens_per_microbatch", tokens)
+                _check_divides("tokens_per_microbatch", tokens, step.stage.step_key, step.num_tokens)
+        return self
+
+    @model_validator(mode="after")
+    def check_branch(self) -> "RunConfig":
+        last = len(self.context.stages) - 1
+        if self.branch is not None and self.branch.stage > last:
+            raise ValueError(
+                f"branch.stage={self.branch.stage} must be the number of a stage, and the last is context.stages.{last}"
+            )
+        check_gates(self.context.stages, self.evals)
         return self
 
     @model_validator(mode="after")
     def check_parallel(self) -> "RunConfig":
         check_experts(self.parallel, self.model.moe.num_experts if self.model.moe else None)
-        check_context(self.parallel, self.model)
+        for size, key in self.all_row_ranks.items():
+            check_context(self.parallel.model_copy(update={"context": size}), self.model, key)
         return self
 
     @model_validator(mode="after")
@@ -101,9 +138,9 @@ class RunConfig(Section):
         if moe is None:
             return self
         for loss in (rule for rule in moe.balance if rule.kind == "loss"):
-            for stage in self.context.stages:
+            for step in self.stages.first_steps():
                 try:
-                    rows_per_group(loss, self.tokens_per_step // stage.sequence_length, stage.sequence_length)
+                    rows_per_group(loss, step.num_samples, step.sequence_length)
                 except Refusal as refusal:
                     raise ValueError(str(refusal)) from None
         reason = evaluation_refusal(moe.router)
@@ -113,11 +150,17 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check_rotation(self) -> "RunConfig":
+        views = {self.model.view(layer) for layer in range(self.model.num_layers)}
         for number, stage in enumerate(self.context.stages):
-            try:
-                frequencies(stage.rotary, self.model.rotary_channels)
-            except ValueError as error:
-                raise ValueError(f"context.stages.{number}.rotary: {error}") from None
+            is_map = isinstance(stage.rotary, RotaryMap)
+            for view, spec in by_view(stage.rotary).items():
+                key = f"context.stages.{number}.rotary" + (f".{view}" if is_map else "")
+                if is_map and view not in views:
+                    raise ValueError(f"{key}: the model has no {view} layers; give one rotation in place of two")
+                try:
+                    frequencies(spec, self.model.rotary_channels)
+                except ValueError as error:
+                    raise ValueError(f"{key}: {error}") from None
         return self
 
     @model_validator(mode="after")
@@ -138,35 +181,37 @@ def _check_divides(part: str, small: int, whole: str, large: int) -> None:
         raise ValueError(f"{whole}={large} must be a multiple of {part}={small}; try {near}")
 
 
-def rows_of_step(config: RunConfig, sequence_length: int, world_size: int) -> int:
-    """Rows in a micro-batch of one rank at this length; raises Refusal where a step does not divide among the ranks.
+def rows_of_step(config: RunConfig, step: StepPlan, world_size: int) -> int:
+    """Rows in a micro-batch of one rank in this step; raises Refusal where the step does not divide among the ranks.
 
     world_size: ranks, or groups of them that hold their rows together.
     """
-    tokens = config.tokens_per_microbatch or max(config.tokens_per_step // world_size, 1)
-    if tokens % sequence_length or config.tokens_per_step % (tokens * world_size):
-        together = world_size * (config.tokens_per_microbatch or sequence_length)
-        near = max(1, round(config.tokens_per_step / together)) * together
-        who = "ranks" if config.parallel.context == 1 else f"groups of parallel.context={config.parallel.context} ranks"
+    tokens = config.tokens_per_microbatch or max(step.num_tokens // world_size, 1)
+    if tokens % step.sequence_length or step.num_tokens % (tokens * world_size):
+        together = world_size * (config.tokens_per_microbatch or step.sequence_length)
+        near = max(1, round(step.num_tokens / together)) * together
+        size = config.row_ranks(step.stage)
+        who = "ranks" if size == 1 else f"groups of {config.all_row_ranks[size]}={size} ranks"
         raise Refusal(
-            f"tokens_per_step={config.tokens_per_step} does not divide among {world_size} {who} into micro-batches of "
-            f"whole rows of {sequence_length} tokens; try tokens_per_step={near}, other ranks or another "
+            f"{step.stage.step_key}={step.num_tokens} does not divide among {world_size} {who} into micro-batches of "
+            f"whole rows of {step.sequence_length} tokens; try tokens_per_step={near}, other ranks or another "
             f"tokens_per_microbatch (now {config.tokens_per_microbatch or 'left out'})"
         )
-    return tokens // sequence_length
+    return tokens // step.sequence_length
 
 
-def rate_of_step(config: RunConfig, stage: Stage, tokens: int) -> float:
-    """The learning rate of the step that ends at `tokens`: the stage's own schedule, or else the run's."""
-    rate = stage.learning_rate(tokens)
+def rate_of_step(config: RunConfig, step: StepPlan) -> float:
+    """The learning rate of a step, by the tokens at its end: the stage's own schedule, or else the run's."""
+    rate = step.stage.learning_rate(step.end_tokens)
     if rate is not None:
         return rate
-    return config.optimizer.learning_rate * learning_rate(config.optimizer.schedule, tokens, config.total_tokens)
+    schedule = config.optimizer.schedule
+    return config.optimizer.learning_rate * learning_rate(schedule, step.end_tokens, config.total_tokens)
 
 
 def load_config(path: Path | str, overrides: list[str]) -> RunConfig:
     """The resolved configuration of a run; left out, its name is made of the file's. Raises Refusal."""
-    config = load(path, overrides, RunConfig)
+    config = validate(scaled(read(path, overrides), str(path)), RunConfig, str(path))
     name = config.name or re.sub(r"[^A-Za-z0-9._-]+", "-", Path(path).stem).strip("-._") or "run"
     return config.model_copy(update={"name": name})
 
@@ -174,8 +219,11 @@ def load_config(path: Path | str, overrides: list[str]) -> RunConfig:
 def show(config: RunConfig) -> None:
     """Print the resolved configuration as TOML, then in comments its stages and what ranks would do of a whole row."""
     print(to_toml(config))
-    stages = Stages(config.context.stages, config.tokens_per_step)
+    stages = config.stages
     for row in stages.rows():
         print("# " + "; ".join(f"{title}: {text}" for title, text in row.items()))
-    for line in tell_plans(config.model, config.parallel, stages, whole_documents):
+    for stage in stages:
+        for note in notes(stage.rotary, config.model.rotary_channels, stage.sequence_length):
+            print(f"# stage {stage.index}, rotary: {note}")
+    for line in tell_plans(config.model, config.parallel, stages, config.row_ranks, whole_documents):
         print(f"# {line}")

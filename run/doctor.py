@@ -25,6 +25,7 @@ BASE = (
 OPTIONAL = {
     "triton": "our kernels for experts, and torch.compile, on NVIDIA GPUs",
     "pyarrow": "Parquet files as a source of text",
+    "lm-eval": "python -m evals.harness: lm-evaluation-harness on checkpoints",
     "transformers": "tests and benchmarks against its models",
     "megatron-core": "a test that it reads our shards",
     "flash-attn": 'attention.backend = "flash", version 2; it needs nvcc to install',

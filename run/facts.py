@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ class StageFacts:
     rotary: str
     mixture: str
 
+    @property
+    def name(self) -> str:
+        """`stage 2 (length 512)`."""
+        return f"stage {self.index + 1} (length {self.sequence_length})"
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -33,6 +38,8 @@ class Snapshot:
     step: int
     tokens: int
     rows: tuple[Row, ...]
+    is_start: bool = False
+    """Not the last evaluation but one before the stage's first step."""
 
     @property
     def is_stage_end(self) -> bool:
@@ -40,8 +47,10 @@ class Snapshot:
 
     @property
     def title(self) -> str:
+        if self.is_start:
+            return f"start of {self.stage.name}"
         place = "after" if self.is_stage_end else f"at {short(self.tokens)} tokens, in"
-        return f"{place} stage {self.stage.index + 1} (length {self.stage.sequence_length})"
+        return f"{place} {self.stage.name}"
 
     def mean_score(self, task: str, length: int) -> float | None:
         """Mean over depths; None when this task was not asked at this length."""
@@ -60,12 +69,15 @@ class RunFacts:
     environment: dict[str, Any]
     metrics: list[Row]
     evals: list[Row]
+    starts: list[Row] = field(default_factory=list)
+    """What was asked at the beginning of a stage, before its first step: evaluations that stand apart from `evals`."""
 
     @cached_property
     def stages(self) -> list[StageFacts]:
-        step, start, stages = self.config.get("tokens_per_step", 1), 0, []
+        start, stages = 0, []
         for index, table in enumerate(self.config.get("context", {}).get("stages", [])):
-            until = math.ceil(table["until_tokens"] / step) * step
+            step = table.get("tokens_per_step", self.config.get("tokens_per_step", 1))
+            until = start + math.ceil((table["until_tokens"] - start) / step) * step
             mixture = ", ".join(f"{name} {share:g}" for name, share in table.get("mixture", {}).items())
             rotary = _one_line(table.get("rotary", {}))
             stages.append(StageFacts(index, start, until, table["sequence_length"], rotary, mixture or "as weighted"))
@@ -82,6 +94,21 @@ class RunFacts:
             rows = tuple(row for row in inside if row["step"] == step)
             found += [Snapshot(stage, rows[0]["step"], rows[0]["tokens"], rows)] if rows else []
         return found
+
+    @cached_property
+    def moments(self) -> list[Snapshot]:
+        """The snapshots, and before that of a stage what was asked when it began."""
+        found = []
+        for snapshot in self.snapshots:
+            rows = tuple(row for row in self.starts if self.stage_of(row) == snapshot.stage)
+            found += [Snapshot(snapshot.stage, rows[0]["step"], rows[0]["tokens"], rows, is_start=True)] if rows else []
+            found += [snapshot]
+        return found
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Of a branch: the run, the stage and the tokens that it began with; of another run, nothing."""
+        return self.environment.get("branched_from") or {}
 
     @property
     def tokens(self) -> int:
@@ -104,7 +131,7 @@ class RunFacts:
 
     def training_seconds(self) -> float:
         """Time in training steps, evaluations and pauses left out."""
-        seconds, before = 0.0, 0
+        seconds, before = 0.0, self.origin.get("tokens", 0)
         for row in self.metrics:
             if row.get("tokens_per_second"):
                 seconds += (row["tokens"] - before) / row["tokens_per_second"]
@@ -120,8 +147,10 @@ def read_run(folder: Path) -> RunFacts:
     config_toml, config = _read_config(path)
     described = _read_environment(folder / "environment.json")
     metrics = read_rows(folder / "metrics.jsonl")
-    evals = read_rows(folder / "evals.jsonl", (*POSITION, "task", "length", "score"))
-    return RunFacts(folder.resolve(), config, config_toml, described, metrics, evals)
+    asked = read_rows(folder / "evals.jsonl", (*POSITION, "task", "length", "score"))
+    evals = [row for row in asked if row.get("moment") != "start"]
+    starts = [row for row in asked if row.get("moment") == "start"]
+    return RunFacts(folder.resolve(), config, config_toml, described, metrics, evals, starts)
 
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from run.metrics import short
@@ -15,6 +15,7 @@ from run.metrics import short
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float | None]]]
 """Name of a line -> (x, y); a y of None leaves a gap."""
@@ -45,6 +46,12 @@ class Panel:
     y_range: tuple[float | None, float | None] = (None, None)
     counts_y: bool = False
     """Write the y axis as 10K, 2M."""
+    is_log_x: bool = False
+    is_log_y: bool = False
+    y_ticks: Sequence[tuple[float, str]] = ()
+    """Where the y axis is marked, and with what; left out: numbers where they fit."""
+    bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
+    """Name of a line -> (low, high) at each of its points."""
 
 
 def panels(content: Sequence[Panel], marks: Sequence[Mark] = (), columns: int = 1) -> "Figure":
@@ -62,11 +69,33 @@ def panels(content: Sequence[Panel], marks: Sequence[Mark] = (), columns: int = 
 
 def expert_load(load_LE: Sequence[Sequence[float]], y_label: str, extent: tuple[float, float]) -> "Figure":
     """Shares of the load over the mean share: a column an expert, a row a layer or, `extent` in tokens, a time."""
+    figure = _figure(_load_height(len(load_LE)))
+    axes = figure.subplots()
+    _draw_bar(figure, axes, _draw_load(axes, load_LE, y_label, extent))
+    return figure
+
+
+def expert_loads(parts: Sequence[tuple[str, Sequence[Sequence[float]]]]) -> "Figure":
+    """The same at several moments, side by side: (title, load by layer) of each."""
+    figure = _figure(_load_height(len(parts[0][1])) + 0.2)
+    row = figure.subplots(1, len(parts), squeeze=False)[0]
+    for axes, (title, load_LE) in zip(row, parts, strict=True):
+        image = _draw_load(axes, load_LE, "layer" if axes is row[0] else "", (-0.5, len(load_LE) - 0.5))
+        axes.set_title(title, loc="left", fontsize=10, color=INK, weight="bold", pad=8)
+    _draw_bar(figure, row.tolist(), image)
+    return figure
+
+
+def _load_height(rows: int) -> float:
+    return max(1.5, min(3.4, 0.9 + 0.34 * rows))
+
+
+def _draw_load(
+    axes: "Axes", load_LE: Sequence[Sequence[float]], y_label: str, extent: tuple[float, float]
+) -> "AxesImage":
     from matplotlib.colors import LinearSegmentedColormap
 
     num_experts = len(load_LE[0])
-    figure = _figure(max(1.5, min(3.4, 0.9 + 0.34 * len(load_LE))))
-    axes = figure.subplots()
     colours = LinearSegmentedColormap.from_list("load", ["#2f6fb5", GROUND, "#d9642f"])
     values = [[share * num_experts for share in row] for row in load_LE]
     box = (-0.5, num_experts - 0.5, extent[1], extent[0])
@@ -78,11 +107,14 @@ def expert_load(load_LE: Sequence[Sequence[float]], y_label: str, extent: tuple[
     if len(load_LE) <= 12 and extent == (-0.5, len(load_LE) - 0.5):
         axes.set_yticks(range(len(load_LE)))
     axes.set_xticks(range(0, num_experts, max(1, num_experts // 16)))
+    return image
+
+
+def _draw_bar(figure: "Figure", axes: "Axes | list[Axes]", image: "AxesImage") -> None:
     bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=12)
     bar.set_ticks([0, 1, 2], labels=["0", "1 = even", "2×"])
     bar.ax.tick_params(colors=FAINT, labelsize=8.5, length=0)
     bar.outline.set_visible(False)
-    return figure
 
 
 def png(figure: "Figure") -> bytes:
@@ -128,7 +160,7 @@ def _figure(height: float) -> "Figure":
 
 
 def _draw_panel(axes: "Axes", panel: Panel) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     number_format = FuncFormatter(lambda value, _: short(value))
     _style(axes)
@@ -138,16 +170,28 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
         if panel.is_smoothed and len(points) > 20:
             axes.plot(x, points, color=colour, alpha=0.25, linewidth=0.8)
             points = smooth(points)
+        if name in panel.bands:
+            axes.fill_between(x, *panel.bands[name], color=colour, alpha=0.15, linewidth=0)
         # One point makes no line.
         marker = "o" if panel.is_dotted or len(points) == 1 else ""
         axes.plot(x, points, color=colour, linewidth=1.7, marker=marker, markersize=3.6, label=name, clip_on=True)
     axes.set_title(panel.title, loc="left", fontsize=10, color=INK, weight="bold", pad=8)
     axes.set_xlabel(panel.x_label, color=FAINT, fontsize=9)
     axes.set_ylabel(panel.y_label, color=FAINT, fontsize=9)
+    if panel.is_log_x:
+        axes.set_xscale("log", base=2)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    if panel.is_log_y:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axes.yaxis.set_major_formatter(number_format)
+        axes.yaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(number_format)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
     if panel.counts_y:
         axes.yaxis.set_major_formatter(number_format)
+    if panel.y_ticks:
+        axes.set_yticks([place for place, _ in panel.y_ticks], [text for _, text in panel.y_ticks])
     axes.set_ylim(*_limits(panel))
     if len(panel.series) > 1:
         axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, handlelength=1.4)

@@ -6,14 +6,15 @@ default that means what was done before there was one. A key that is renamed or 
 
 import tomllib
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 from settings import AnySection, Refusal, Section, Table, differences, validate
 
-MAY_CHANGE = ("name", "device", "log", "checkpoint", "profile", "threads", "parallel")
+MAY_CHANGE = ("name", "device", "log", "checkpoint", "profile", "threads", "parallel", "trial")
 """The keys under which a run may continue with other values; its folder may be renamed and copied."""
-MAY_CHANGE_INSIDE = ("model.moe.router.at_eval",)
-"""Keys further down that no trained number depends on."""
+MAY_CHANGE_INSIDE = ("model.moe.router.at_eval", "context.stages.*.context")
+"""Keys further down that no trained number depends on; * is any number."""
 
 
 def different(recorded_toml: str, config: Section) -> list[str]:
@@ -28,7 +29,12 @@ def changed(before: Section, now: Section) -> list[str]:
     """One line for each key, `MAY_CHANGE` left out, whose value differs: `optimizer.learning_rate: 0.003 -> 0.001`."""
     free = {key: getattr(now, key) for key in MAY_CHANGE if key in type(now).model_fields}
     lines = differences(before.model_copy(update=free), now)
-    return [line for line in lines if line.partition(":")[0] not in MAY_CHANGE_INSIDE]
+    return [line for line in lines if not may_change(line)]
+
+
+def may_change(line: str) -> bool:
+    """Whether this line of differences is about a key further down that may change."""
+    return any(fnmatchcase(line.partition(":")[0], key) for key in MAY_CHANGE_INSIDE)
 
 
 def read_recorded(text: str, root: type[AnySection], where: str) -> AnySection:

@@ -32,12 +32,12 @@ class InitialSettings(Section):
 def first_weights(run: "Run", model: Transformer, tokenizer: Tokenizer) -> None:
     """Give the model its first values: drawn, or those of the run to start from, in the terminal by name.
 
-    A run that has a checkpoint of its own has no need of the other's. Every rank reads for itself. Raises Refusal,
-    naming tensors, where the other run's shapes, vocabulary or heads differ.
+    A run that has a checkpoint of its own, or begins with a branch's, has no need of the other's. Every rank reads for
+    itself. Raises Refusal, naming tensors, where the other run's shapes, vocabulary or heads differ.
     """
     config, initial = run.config, run.config.initial
     initialize(model, config.seed, run.device)
-    if initial is None or any((run.folder / "checkpoints").glob("step_*")):
+    if initial is None or config.branch is not None or any((run.folder / "checkpoints").glob("step_*")):
         return
     try:
         state, config_toml, weights = read_checkpoint(initial.checkpoint, run.say)

@@ -204,18 +204,18 @@ def _open_at(path: Path, last_step: int) -> TextIO:
 
 def _write(file: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:
     # One write for all rows: a kill between two cells of one evaluation is then all but impossible.
-    file.write("".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows))
+    file.write("".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
     file.flush()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as valid JSON: NaN and infinities are null, scalars of torch and numpy are numbers."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from context.stages import Stage, Stages
+from context.step_plan import StepPlan
 from data.batches import Batch, Batches
 from data.rows import NO_TARGET
 from model.transformer import Transformer
@@ -16,6 +18,7 @@ from moe.telemetry import RoutingMeter
 from parallel.rows import SplitBatch, mask_of
 from parallel.sequence import farthest_view
 from run.config import rows_of_step
+from run.demand import demand_of
 from run.plans import tell_plans
 from run.start import Run
 
@@ -28,18 +31,29 @@ def tell_plan(batches: Batches, stages: Stages, run: Run) -> None:
     config = run.config
 
     def first_rows_of(stage: Stage) -> tuple[tuple[int, ...], int]:
-        num_rows = rows_of_step(config, stage.sequence_length, batches.world_size)
-        where = (stage.index, stage.sequence_length, stage.mixture)
-        return batches.take(*where, 0, num_rows * batches.world_size, num_rows)[0].lengths, num_rows
+        step, num_groups = stage.longest_step(), run.num_groups(stage)
+        num_rows = rows_of_step(config, step, num_groups)
+        demand = demand_of(step, batches)
+        rows = batches.take(demand, 0, num_rows * num_groups, num_rows, rank=0, world_size=num_groups)
+        return rows[0].mask_lengths, num_rows
 
     if run.world.is_main:
-        for line in tell_plans(config.model, config.parallel, stages, first_rows_of):
+        for line in tell_plans(config.model, config.parallel, stages, config.row_ranks, first_rows_of):
             run.say(line)
 
 
-def split(microbatches: list[Batch], run: Run) -> list[Batch]:
+def take_step(batches: Batches, step: StepPlan, run: Run) -> list[Batch]:
+    """Micro-batches of whole rows for this rank's group."""
+    groups = run.groups
+    num_rows = rows_of_step(run.config, step, groups.size)
+    demand = demand_of(step, batches)
+    return batches.take(demand, step.first_sample, step.num_samples, num_rows, groups.rank, groups.size)
+
+
+def split(microbatches: list[Batch], step: StepPlan, run: Run) -> list[Batch]:
     """This rank's part of micro-batches that all ranks of its group have taken."""
-    return run.row_group.split(microbatches, farthest_view(run.config.model))
+    views = [view for view in (farthest_view(run.config.model), step.window) if view is not None]
+    return run.row_group.split(microbatches, min(views, default=None))
 
 
 def count_tokens(microbatches: list[Batch], run: Run) -> Tensor:
@@ -48,23 +62,27 @@ def count_tokens(microbatches: list[Batch], run: Run) -> Tensor:
     return run.world.sum(torch.tensor(counts, device=run.device)).clamp(min=1)
 
 
-def cut_of(microbatches: list[Batch], run: Run) -> Cut:
+def cut_of(microbatches: list[Batch], step: StepPlan, run: Run) -> Cut:
     """How the ranks of the run share the rows of this step."""
-    sequence_length = microbatches[0].sequence_length
     return Cut(
-        num_rows=run.config.tokens_per_step // sequence_length,
+        num_rows=step.num_samples,
         rows_of_microbatches=tuple(len(batch.tokens_BT) for batch in microbatches),
-        sequence_length=sequence_length,
+        sequence_length=step.sequence_length,
         sum_over_ranks=run.world.sum,
         sum_over_shards=run.row_group.sum,
     )
 
 
-def forward(model: Transformer, batch: Batch, run: Run) -> tuple[Tensor, tuple[RoutingStats, ...]]:
-    """A micro-batch through the model, in the run's precision: hidden states (B, T, D), routing of each MoE layer."""
+def forward(
+    model: Transformer, batch: Batch, run: Run, window: int | None = None
+) -> tuple[Tensor, tuple[RoutingStats, ...]]:
+    """A micro-batch through the model, in the run's precision: hidden states (B, T, D), routing of each MoE layer.
+
+    window: how many tokens back every layer may see, itself included; left out, what the layer says.
+    """
     batch = batch.to(run.device)
     with run.autocast():
-        return model(batch.tokens_BT, batch.positions_BT, mask_of(batch), facts=_facts(batch))
+        return model(batch.tokens_BT, batch.positions_BT, mask_of(batch).within(window), facts=_facts(batch))
 
 
 def _facts(batch: Batch) -> TokenFacts:
@@ -72,25 +90,29 @@ def _facts(batch: Batch) -> TokenFacts:
     return TokenFacts(batch.tokens_BT, batch.places_BT, batch.keys_B, is_real_BT)
 
 
-def watch_choices(
-    routing: RoutingMeter, all_stats: tuple[RoutingStats, ...], model: Transformer, batch: Batch, run: Run
+def watch_choices(  # noqa: PLR0917 (what a step has left in hand)
+    routing: RoutingMeter,
+    all_stats: tuple[RoutingStats, ...],
+    model: Transformer,
+    batch: Batch,
+    step: StepPlan,
+    run: Run,
 ) -> None:
     """Let the meter tell how many choices for the first rows of `batch`, which gave `all_stats`, the step changed.
 
     Whole rows, as some routers choose within a row: one, or more of at most 1024 tokens together, and never more than
     half the step, so that a step of a single row is not watched.
     """
-    length = batch.sequence_length
-    rows_of_step = run.config.tokens_per_step // length
-    if all_stats and rows_of_step > 1:
-        few = first_rows(batch, max(1, min(WATCHED_TOKENS // length, rows_of_step // 4)))
-        routing.watch(all_stats, few.num_tokens, lambda: forward(model, few, run)[1], run.row_group.sum)
+    num_rows = min(WATCHED_TOKENS // step.sequence_length, step.num_samples // 4)
+    if all_stats and step.num_samples > 1:
+        few = first_rows(batch, max(1, num_rows))
+        routing.watch(all_stats, few.num_tokens, lambda: forward(model, few, run, step.window)[1], run.row_group.sum)
 
 
 def first_rows(batch: Batch, num_rows: int) -> Batch:
     """The first rows of a micro-batch, or all of them where there are no more; of a part of one, its part of them."""
     row_length = sum(batch.lengths) // len(batch.tokens_BT)
-    tensors = {name: value[:num_rows] for name, value in vars(batch).items() if isinstance(value, Tensor)}
+    tensors: Any = {name: value[:num_rows] for name, value in vars(batch).items() if isinstance(value, Tensor)}
     num_whole = len(tensors["tokens_BT"]) * row_length
     first = replace(
         batch,

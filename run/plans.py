@@ -17,24 +17,26 @@ Rows = tuple[tuple[int, ...], int]
 
 
 def tell_plans(
-    model: ModelSettings, parallel: ParallelSettings, stages: Iterable[Stage], rows_of: Callable[[Stage], Rows]
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    stages: Iterable[Stage],
+    row_ranks: Callable[[Stage], int],
+    rows_of: Callable[[Stage], Rows],
 ) -> Iterator[str]:
     """A few lines for each stage and kind of layer, for rows that are like those that `rows_of` gives.
 
-    None where every rank holds whole rows.
+    row_ranks: how many ranks hold each row together in a stage. Nothing of stages in which every rank holds whole rows.
     """
-    if parallel.context == 1:
-        return
     heads, view = heads_of(model), farthest_view(model)
     methods = {"full": parallel.sequence.full, "window": parallel.sequence.window}
     windows = {"full": None, "window": model.attention.window}
     kinds = {model.layer_kind(layer).removesuffix("_nope") for layer in range(model.num_layers)}
-    for stage in stages:
-        layout, lengths = lay_out(*rows_of(stage), parallel.sequence, parallel.context, view)
+    for stage in (stage for stage in stages if row_ranks(stage) > 1):
+        layout, lengths = lay_out(*rows_of(stage), parallel.sequence, row_ranks(stage), view)
         for kind in sorted(kinds):
             yield f"stage {stage.index}, {kind} layers by {methods[kind]}, layout {parallel.sequence.layout}:"
             made = plan(layout, Documents(lengths), windows[kind])
-            inside = largest_group(heads.num_heads, heads.num_kv_heads, parallel.context, parallel.sequence.ulysses)
+            inside = largest_group(heads.num_heads, heads.num_kv_heads, row_ranks(stage), parallel.sequence.ulysses)
             told = summary(made, heads, inside if methods[kind] == "usp" else None)
             yield from (f"  {line}" for line in told.splitlines())
 

@@ -4,17 +4,22 @@ import contextlib
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from context.stages import Stage
-from data.batches import Batch
+from context.step_plan import StepPlan
+from data.batch import Batch
+from data.distances import distances_of
 from data.tokenizer import Tokenizer
-from evals.harness import Cell
+from evals.grid import make_grid
+from evals.scoring import Cell
 from moe.telemetry import RoutingMeter
+from parallel.sequence import farthest_view
 from run.metrics import Metrics, ProgressLine, Row
 from run.report import write_report
 from run.start import Run
@@ -27,6 +32,11 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Progress":
+        """Of a checkpoint's state; of an empty one, that of a new run."""
+        return cls(state.get("step", 0), state.get("tokens", 0))
 
 
 @dataclass(frozen=True)
@@ -81,19 +91,19 @@ class Recorder:
         folder.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(folder / f"step_{progress.step:08d}_rank_{self.run.world.rank}.json"))
 
-    def record(self, progress: Progress, stage: Stage, report: StepReport, learning_rate: float) -> None:
+    def record(self, progress: Progress, step: StepPlan, report: StepReport, learning_rate: float) -> None:
         """Write a row when one is due: the only place of the loop where the host waits for the device."""
         config = self.run.config
-        self._window_tokens += config.tokens_per_step
+        self._window_tokens += step.num_tokens
         if progress.step % config.log.every_steps and progress.tokens < config.total_tokens:
             return
         loss = float(report.loss)
-        documents, bytes_per_target = self._count(report.microbatches)
+        documents, bytes_per_target, distances = self._count(report.microbatches, step)
         row = {
             "step": progress.step,
             "tokens": progress.tokens,
-            "stage": stage.index,
-            "sequence_length": stage.sequence_length,
+            "stage": step.stage.index,
+            "sequence_length": step.sequence_length,
             "loss": loss,
             "bits_per_byte": loss / math.log(2) / bytes_per_target,
             "learning_rate": learning_rate,
@@ -101,6 +111,7 @@ class Recorder:
             "tokens_per_second": self._window_tokens / (time.monotonic() - self._window_start),
             "peak_memory_bytes": peak_memory(self.run.device),
             "documents": documents,
+            "distances": distances,
             **report.routing.report(),
         }
         if self.metrics is not None and self.line is not None:
@@ -108,25 +119,44 @@ class Recorder:
             self.line.update(row)
         self._restart_window()
 
-    def _count(self, microbatches: list[Batch]) -> tuple[int, float]:
-        """Documents in the step and bytes of text for each target token, over all ranks."""
+    def _count(self, microbatches: list[Batch], step: StepPlan) -> tuple[int, float, list[int]]:
+        """Of the step, over all ranks: documents, bytes of text for each target token, pairs by distance."""
         labels_N = torch.cat([batch.labels_BT[batch.labels_BT >= 0] for batch in microbatches]).numpy()
         documents = sum(batch.num_documents for batch in microbatches)
-        counts = torch.tensor([documents, self.tokenizer.num_bytes(labels_N), len(labels_N)], device=self.run.device)
-        documents, num_bytes, targets = self.run.world.sum(counts).tolist()
-        return documents, max(num_bytes, 1) / max(targets, 1)
+        own = [documents, self.tokenizer.num_bytes(labels_N), len(labels_N)]
+        views = [view for view in (step.window, farthest_view(self.run.config.model)) if view is not None]
+        pairs_X = distances_of(microbatches, step.stage.settings.positions, min(views, default=None))
+        counts = torch.tensor([*own, *pairs_X.tolist()], device=self.run.device)
+        documents, num_bytes, targets, *pairs = self.run.world.sum(counts).tolist()
+        pairs = [count // self.run.row_group.size for count in pairs]  # ranks of a row have counted the same
+        while pairs and not pairs[-1]:
+            pairs.pop()
+        return documents, max(num_bytes, 1) / max(targets, 1), pairs
 
-    def record_evals(self, progress: Progress, stage: Stage, cells: Sequence[Cell]) -> None:
-        """Write the cells of one evaluation; at a stage's end show the needle grid and renew the report."""
+    def record_evals(
+        self, progress: Progress, stage: Stage, cells: Sequence[Cell], *, before: Stage | None = None
+    ) -> None:
+        """Write the cells of one evaluation; at a stage's end, and at its start, show the needle grid.
+
+        before: at a stage's start, where its RoPE has taken over and nothing is trained yet, the stage that ended.
+        """
         if self.metrics is not None and self.line is not None:
-            where = {"stage": stage.index, "trained_length": stage.sequence_length}
+            where: Row = {"stage": stage.index, "trained_length": (before or stage).sequence_length}
+            where |= {} if before is None else {"moment": "start"}
             rows = [{**cell.row(progress.step, progress.tokens), **where} for cell in cells]
             self.metrics.log_evals(progress.step, progress.tokens, rows)
             self._show_loads(self.metrics, rows)
-            if progress.tokens == stage.until_tokens and any(cell.task == "needle" for cell in cells):
-                self._show_needles(cells, stage)
-            if progress.tokens == stage.until_tokens < self.run.config.total_tokens:  # the last is written by close
-                write_report(self.run.folder)
+            is_boundary = before is not None or progress.tokens == stage.until_tokens
+            if is_boundary and any(cell.task == "needle" for cell in cells):
+                when = f"{'after' if before is None else 'at the start of'} stage {stage.index + 1}"
+                self._show_needles(cells, when, where["trained_length"])
+        self.run.world.wait()
+        self._restart_window()
+
+    def renew_report(self) -> None:
+        """Write the report while the run goes on."""
+        if self.run.world.is_main:
+            write_report(self.run.folder)
         self.run.world.wait()
         self._restart_window()
 
@@ -138,20 +168,20 @@ class Recorder:
             for source, figure in load_figures(rows):
                 metrics.show_figure(f"routing/{source}", figure, rows[0]["step"])
 
-    def _show_needles(self, cells: Sequence[Cell], stage: Stage) -> None:
-        from evals import heatmap  # brings matplotlib, which a run's start should not wait for
+    def _show_needles(self, cells: Sequence[Cell], when: str, trained_length: int) -> None:
+        from evals.terminal import show  # brings matplotlib, which a run's start should not wait for
 
         assert self.line is not None
-        grid = heatmap.make_grid(cells, f"needle after stage {stage.index + 1}", stage.sequence_length)
-        heatmap.show([grid], self.line.console)
+        grid = make_grid(cells, f"needle {when}", trained_length)
+        show([grid], self.line.console)
 
-    def close(self, progress: Progress) -> None:
-        """Close the files, write the report one last time, and say so when the run stopped before its end."""
+    def close(self, progress: Progress, *, is_asked_to_stop: bool) -> None:
+        """Close the files, write the report one last time, and say so when a signal stopped the run before its end."""
         if self.metrics is None or self.line is None:
             return
         self.line.close()
         self.metrics.close()
-        if progress.tokens < self.run.config.total_tokens:
+        if is_asked_to_stop and progress.tokens < self.run.config.total_tokens:
             self.run.say(f"stopped after step {progress.step}; the same command goes on from there")
         self.run.say(f"report: {write_report(self.run.folder)}")
 

@@ -65,12 +65,20 @@ def status(facts: RunFacts) -> str:
     if not facts.tokens:
         return f"Nothing measured yet of {short(total)} tokens."
     state = "Complete" if facts.tokens >= total else f"Not complete ({facts.tokens / total:.0%} of {short(total)})"
-    return f"{state}: {short(facts.tokens)} tokens in {clock(facts.training_seconds())} of training."
+    origin = facts.origin
+    since = f", from {short(origin['tokens'])} on as a branch of {origin['run']}" if origin else ""
+    return f"{state}: {short(facts.tokens)} tokens{since}, in {clock(facts.training_seconds())} of training."
 
 
 def cards(facts: RunFacts) -> list[Card]:
     """The headlines, the most telling first; only those there are numbers for."""
-    return [*_needle_cards(facts), *_held_out_cards(facts), *_speed_cards(facts), *_size_cards(facts)]
+    return [
+        *_needle_cards(facts),
+        *_gate_cards(facts),
+        *_held_out_cards(facts),
+        *_speed_cards(facts),
+        *_size_cards(facts),
+    ]
 
 
 def _needle_cards(facts: RunFacts) -> Iterable[Card]:
@@ -79,6 +87,15 @@ def _needle_cards(facts: RunFacts) -> Iterable[Card]:
         for length in lengths:
             scores = [snapshot.mean_score(task, length) for snapshot in facts.snapshots]
             yield from _before_and_after(f"{_spoken(task)} found at length {length}", scores, "{:.0%}", facts.snapshots)
+
+
+def _gate_cards(facts: RunFacts) -> Iterable[Card]:
+    for snapshot in facts.snapshots:
+        found = [row for row in snapshot.rows if row["task"].startswith("gate/")]
+        if found:
+            missed = [row["task"].removeprefix("gate/") for row in found if not row.get("is_met")]
+            note = f"not met: {', '.join(missed)}" if missed else f"{len(found)} of {len(found)} demands"
+            yield Card(f"gate of {snapshot.stage.name}", "not met" if missed else "met", note=note)
 
 
 def _held_out_cards(facts: RunFacts) -> Iterable[Card]:

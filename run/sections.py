@@ -1,15 +1,17 @@
 """The sections of a report: from the rows of a run to its pictures, each with the sentence that says how to read it."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from evals import heatmap
-from evals.harness import Cell
-from run.facts import RunFacts, Snapshot
-from run.figures import Mark, Panel, encode, expert_load, panels, png
+from evals.grid import Grid, make_grid
+from evals.scoring import Cell
+from run.facts import RunFacts
+from run.figures import Panel, encode, expert_load
 from run.metrics import Row
+from run.page import Picture, ReportSection, drawn, lines
+from run.sections_context import boundaries, distances, gates
+from run.sections_reach import positions, reach, scored
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,42 +42,31 @@ FROM_ZERO = (
 )
 
 
-@dataclass(frozen=True)
-class Picture:
-    """One PNG, base64; one that `is_framed` has its own white ground, another takes the page's."""
-
-    alt: str
-    png: str
-    is_framed: bool = False
-
-
-@dataclass(frozen=True)
-class ReportSection:
-    title: str
-    text: str
-    pictures: list[Picture] = field(default_factory=list)
-
-
 def sections_of(facts: RunFacts) -> list[ReportSection]:
     """The sections a run has numbers for, in reading order."""
     builders: tuple[Callable[[RunFacts], Iterable[ReportSection]], ...] = (
         needle,
+        gates,
+        reach,
         loss,
         held_out,
         positions,
+        boundaries,
+        distances,
         experts,
         pace,
     )
     return [section for build in builders for section in build(facts)]
 
 
-def needle_grids(facts: RunFacts, task: str) -> list[heatmap.Grid]:
-    """One grid for the end of each stage at which the task was asked."""
+def needle_grids(facts: RunFacts, task: str) -> list[Grid]:
+    """One grid for the end of each stage at which the task was asked, and for its beginning where that was asked."""
     grids = []
-    for snapshot in facts.snapshots:
-        cells = [Cell.from_row(_scored(row)) for row in snapshot.rows if row["task"] == task]
+    for snapshot in facts.moments:
+        cells = [Cell.from_row(scored(row)) for row in snapshot.rows if row["task"] == task]
         if any(cell.depth is not None for cell in cells):
-            grids.append(heatmap.make_grid(cells, snapshot.title, snapshot.stage.sequence_length, task=task))
+            trained = facts.stages[max(0, snapshot.stage.index - snapshot.is_start)].sequence_length
+            grids.append(make_grid(cells, snapshot.title, trained, task=task))
     return grids
 
 
@@ -104,7 +95,7 @@ def loss(facts: RunFacts) -> Iterable[ReportSection]:
             "Training",
             "Mean loss of a target token over a step. A dashed line is where the next stage begins: sequence length, "
             "positions and the mix of data may change there, and the loss with them.",
-            [_picture("training loss against tokens", content, facts)],
+            [lines("training loss against tokens", content, facts)],
         )
 
 
@@ -121,31 +112,14 @@ def held_out(facts: RunFacts) -> Iterable[ReportSection]:
             "Held-out text",
             "Bits per byte of text held out of training, when the model may look back over so many tokens and no "
             "further. Where a model uses its context, the line of the longer length lies below that of the shorter.",
-            [_picture("bits per byte against tokens", part, facts, len(part)) for part in _in_rows(content)],
-        )
-
-
-def positions(facts: RunFacts) -> Iterable[ReportSection]:
-    """Bits per byte by position in a long document, at the end of each stage."""
-    content = []
-    for task in facts.tasks("positions"):
-        series = {snapshot.title: _by_position(snapshot, task) for snapshot in facts.snapshots}
-        series = {title: line for title, line in series.items() if line[0]}
-        title = task.partition("/")[2] or "by position"
-        content.append(Panel(title, series, "bits per byte", "position in the document", is_dotted=True))
-    if content:
-        yield ReportSection(
-            "Loss by position",
-            "The same long documents, cut into stretches. The line falls as far as the model uses what came before, "
-            "and rises where positions are beyond what it can handle.",
-            [_picture("bits per byte by position", part, facts, len(part)) for part in _in_rows(content)],
+            [lines("bits per byte against tokens", part, facts, len(part)) for part in _in_rows(content)],
         )
 
 
 def experts(facts: RunFacts) -> Iterable[ReportSection]:
     """How even the experts' load is over time, and who has it at the end."""
     content = _curves(facts, MOE_KEYS)
-    pictures = [_picture("balance of the experts over time", part, facts, 3) for part in _in_rows(content, 3)]
+    pictures = [lines("balance of the experts over time", part, facts, 3) for part in _in_rows(content, 3)]
     pictures += list(_load_over_time(facts))
     pictures += list(_load_by_layer(facts))
     shift = list(_shift_by_layer(facts))
@@ -172,7 +146,7 @@ def pace(facts: RunFacts) -> Iterable[ReportSection]:
     content = _curves(facts, titles)
     if content:
         text = "What the optimizer was told, what it met, and how fast it went."
-        yield ReportSection("Schedule and speed", text, [_picture("schedule and speed", content, facts, 3)])
+        yield ReportSection("Schedule and speed", text, [lines("schedule and speed", content, facts, 3)])
 
 
 def _curves(facts: RunFacts, titles: Mapping[str, str]) -> list[Panel]:
@@ -202,12 +176,12 @@ def _load_over_time(facts: RunFacts) -> Iterable[Picture]:
             extent = (min(by_tokens), max(by_tokens))
             source = task.partition("/")[2]
             figure = expert_load(load_LE=over_time, y_label=f"tokens ({source})", extent=extent)
-            yield Picture(f"load of each expert over time on held-out {source}, mean over layers", encode(png(figure)))
+            yield drawn(f"load of each expert over time on held-out {source}, mean over layers", figure)
 
 
 def _load_by_layer(facts: RunFacts) -> Iterable[Picture]:
     for source, figure in load_figures(facts.snapshots[-1].rows if facts.snapshots else []):
-        yield Picture(f"load of each expert by layer on held-out {source}", encode(png(figure)))
+        yield drawn(f"load of each expert by layer on held-out {source}", figure)
 
 
 def load_figures(rows: Sequence[Row]) -> Iterable[tuple[str, "Figure"]]:
@@ -234,18 +208,12 @@ def _shift_by_layer(facts: RunFacts) -> Iterable[Picture]:
         series = {title: line for title, line in series.items() if line[0]}
         source = task.partition("/")[2]
         panel = Panel(f"choices kept under the next RoPE ({source})", series, "", "MoE layer", is_dotted=True)
-        yield _picture(f"choices kept at a change of RoPE, by layer, on held-out {source}", [panel], facts)
+        yield lines(f"choices kept at a change of RoPE, by layer, on held-out {source}", [panel], facts)
 
 
 def _load(row: Row) -> list[float]:
     shares = {int(key.removeprefix("load_")): value for key, value in row.items() if key.startswith("load_")}
     return [shares[expert] for expert in sorted(shares)]
-
-
-def _picture(alt: str, content: Sequence[Panel], facts: RunFacts, columns: int = 1) -> Picture:
-    marks = [Mark(stage.start_tokens, f"length {stage.sequence_length}") for stage in facts.stages[1:]]
-    marks = [mark for mark in marks if mark.tokens <= facts.tokens]
-    return Picture(alt, encode(png(panels(content=content, marks=marks, columns=columns))))
 
 
 def _in_rows(content: Sequence[Panel], at_most: int = 2) -> list[Sequence[Panel]]:
@@ -255,14 +223,3 @@ def _in_rows(content: Sequence[Panel], at_most: int = 2) -> list[Sequence[Panel]
 def _against_tokens(rows: Sequence[Row], length: int) -> tuple[list[float], list[float | None]]:
     chosen = sorted((row for row in rows if row["length"] == length), key=lambda row: row["tokens"])
     return [row["tokens"] for row in chosen], [row["score"] for row in chosen]
-
-
-def _by_position(snapshot: Snapshot, task: str) -> tuple[list[float], list[float | None]]:
-    rows = sorted(
-        (row for row in snapshot.rows if row["task"] == task and "start" in row), key=lambda row: row["start"]
-    )
-    return [(row["start"] + row["stop"]) / 2 for row in rows], [row["score"] for row in rows]
-
-
-def _scored(row: Row) -> Row:
-    return {**row, "score": math.nan} if row["score"] is None else row

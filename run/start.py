@@ -7,17 +7,20 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from context.stages import Stage
+from evals.ranks import Ranks
 from model.size import Size
 from parallel.replicate import World
-from parallel.sequence import ALONE, RowGroup, build_row_group
+from parallel.sequence import ALONE, RowGroup, build_row_groups
+from run.branch import Origin
 from run.config import RunConfig
 from run.environment import environment
 from run.folder import RUNS, choose_name, describe, hold, let_go, refuse_other_run
@@ -37,13 +40,24 @@ class Run:
     dtype: torch.dtype
     world: World
     row_group: RowGroup = ALONE
-    """The ranks that this one holds rows together with."""
+    """The ranks that this one holds rows together with, in the stage that was entered last."""
+    row_groups: dict[int, RowGroup] = field(default_factory=lambda: {1: ALONE})
+    """By size, those of all stages."""
     stop_requested: bool = False
 
     @property
     def groups(self) -> World:
         """The ranks that take rows of their own: of those that hold rows together, all count as one."""
         return self.row_group.groups(self.world)
+
+    def num_groups(self, stage: Stage) -> int:
+        """How many groups of ranks take rows of their own in this stage."""
+        return self.world.size // self.config.row_ranks(stage)
+
+    @property
+    def askers(self) -> Ranks:
+        """The ranks that share out what evaluations read: those that hold experts together read the same."""
+        return Ranks(self.world, self.config.parallel.expert)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of every forward pass: bf16 autocast, or nothing at all in fp32."""
@@ -60,9 +74,10 @@ class Run:
         """Whether some rank was asked to stop; all ranks agree, so that all of them save the same step."""
         return self.world.any(self.stop_requested, self.device)
 
-    def open_folder(self, materials: dict[str, str], size: Size) -> None:
+    def open_folder(self, materials: dict[str, str], size: Size, origin: Origin | None = None) -> None:
         """Create the run's folder and hold it, once nothing is left that could be refused.
 
+        origin: of a branch that begins, written down in environment.json.
         From here on SIGTERM and SIGINT ask the run to save and stop. Raises Refusal when another process trains in
         the folder, when it has been taken since, and when the data of a run that continues is not what it was.
         """
@@ -72,6 +87,7 @@ class Run:
             around = {
                 **environment(self.device, self.dtype, self.world.size),
                 "parameters": {"total": size.total, "active": size.active},
+                **(origin.facts() if origin else {}),
             }
             describe(self.folder, self.config, materials, around)
         self.world.wait()
@@ -97,13 +113,14 @@ def start(config: RunConfig, *, fresh: bool = False) -> Run:
     if device.type == "cuda":
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
-    row_group = build_row_group(config.parallel, world, device)
+    row_groups = build_row_groups(config.parallel, config.all_row_ranks, world, device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.threads or max(1, cores // ranks_here))
     torch.manual_seed(config.seed)
     config = config.model_copy(update={"name": choose_name(config, fresh)})
-    return Run(config, RUNS / config.name, device, choose_dtype(config.precision, device), world, row_group)
+    dtype, row_group = choose_dtype(config.precision, device), row_groups[config.row_ranks(config.stages[0])]
+    return Run(config, RUNS / config.name, device, dtype, world, row_group, row_groups)
 
 
 def join_ranks(device: torch.device) -> World:
@@ -153,7 +170,21 @@ def refusing(entry: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         _complain("interrupted; the same command starts it again, from its last checkpoint where there is one")
         return 130
+    except SystemExit as end:  # another rank has said why
+        return end.code if isinstance(end.code, int) else 1
     return 0
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with a status, a rank among several at once.
+
+    A thread of torch's that asks for the interpreter while it is taken down would abort the rank instead.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _complain(line: str) -> None:

@@ -7,11 +7,13 @@ import pytest
 from data.tokenizer import ByteSettings
 from model.size import count
 from model.transformer import build_model
+from run.arms import expand, read_arms
 from run.config import load_config
 from settings import to_toml
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
+COMPARISONS = sorted(path for path in (ROOT / "configs").rglob("*.toml") if "\n[bases]\n" in path.read_text())
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.toml")} - {*COMPARISONS})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -21,6 +23,13 @@ def test_it_loads_and_builds_on_the_meta_device(path: Path) -> None:
     model = build_model(config.model, vocab_size)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == count(config.model, vocab_size).total
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("is_small", [False, True])
+def test_every_run_of_a_comparison_is_one(path: Path, is_small: bool, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expand(read_arms(path, [], is_small=is_small), path, "all")
 
 
 def test_any_file_name_gives_a_name_that_loads_again(tmp_path: Path) -> None:

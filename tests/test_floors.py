@@ -15,7 +15,7 @@ FLOORS = [
     {"parallel"},
     {"evals"},
     {"run"},
-    {"train"},
+    {"train", "plan", "compare"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 DOOR = "__main__.py"  # the command line of a room: it stands on the top floor, whatever the room
@@ -31,7 +31,7 @@ def imported_rooms(path: Path) -> Iterator[str]:
 
 
 def sources() -> list[Path]:
-    files = [ROOT / "settings.py", ROOT / "train.py"]
+    files = [ROOT / f"{name}.py" for name in ("settings", "train", "plan", "compare")]
     return files + [path for room in FLOOR_OF if (ROOT / room).is_dir() for path in sorted((ROOT / room).rglob("*.py"))]
 
 

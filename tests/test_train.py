@@ -61,7 +61,7 @@ def test_a_run_leaves_everything_behind(here: Path, monkeypatch: pytest.MonkeyPa
     for name in ("config.toml", "environment.json", "metrics.jsonl", "evals.jsonl", "report.html"):
         assert (folder / name).stat().st_size > 0, name
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert kept == ["step_00000009", "step_00000012"], "the newest two; stage ends are saved as well"
+    assert kept == ["step_00000008", "step_00000009", "step_00000012"], "the newest two, and every stage's end"
     recorded = rows("tiny")
     assert [row["step"] for row in recorded] == list(range(1, STEPS + 1))
     assert {"step", "tokens", "stage", "sequence_length", "loss", "bits_per_byte", "learning_rate"} <= recorded[
@@ -203,9 +203,9 @@ def test_a_step_that_does_not_divide_among_the_ranks_is_refused(ranks: int, is_r
         with pytest.raises(
             Refusal, match=f"tokens_per_step=512 does not divide among {ranks} ranks.*try tokens_per_step="
         ):
-            rows_of_step(config, 64, ranks)
+            rows_of_step(config, config.stages.step(0), ranks)
     else:
-        assert rows_of_step(config, 64, ranks) == 4
+        assert rows_of_step(config, config.stages.step(0), ranks) == 4
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import train
 from attention.mask import Documents, Mask
-from context.stages import Stages
+from context.step_plan import StepPlan
 from data.batches import Batch, Batches
 from model.initialize import initialize
 from model.transformer import Transformer, build_model
@@ -28,7 +28,8 @@ from parallel.experts import expert_mesh, shard_experts
 from parallel.replicate import World
 from parallel.shard import shard_of
 from run import record
-from run.config import RunConfig, load_config
+from run.config import load_config
+from run.demand import demand_of
 from run.microbatches import first_rows
 from run.start import Run
 
@@ -56,7 +57,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "write_report", lambda folder: folder)
 
 
-def ready(*overrides: str, world: World = ALONE) -> tuple[RunConfig, Run, Transformer, Optimizer, list[Batch]]:
+def ready(*overrides: str, world: World = ALONE) -> tuple[StepPlan, Run, Transformer, Optimizer, list[Batch]]:
     """What the loop has in hand when it takes its first step."""
     config = load_config(TINY, list(overrides))
     run = Run(config, Path("runs/none"), torch.device("cpu"), torch.float32, world)
@@ -65,9 +66,9 @@ def ready(*overrides: str, world: World = ALONE) -> tuple[RunConfig, Run, Transf
     initialize(model, 0, run.device)
     shard_experts(model, expert_mesh(config.parallel, world, run.device))
     prepare_layers(model, compile=False, recompute=config.recompute)
-    stage = Stages(config.context.stages, config.tokens_per_step).at(0)
-    model.use_rotary(stage.rotary)
-    return config, run, model, build_optimizer(model, config.optimizer), train.take_step(batches, stage, 0, config)
+    step = config.stages.step(0)
+    model.use_rotary(step.stage.rotary)
+    return step, run, model, build_optimizer(model, config.optimizer), train.take_step(batches, step, run)
 
 
 def with_padding(batch: Batch) -> Batch:
@@ -85,9 +86,9 @@ def take_step(
     edit: Callable[[Batch], Batch] = with_padding,
 ) -> tuple[Transformer, train.StepReport]:
     """A step that leaves gradients and biases behind, and the weights as they were."""
-    config, run, model, optimizer, microbatches = ready(*CLEAR, *overrides, world=world)
+    step, run, model, optimizer, microbatches = ready(*CLEAR, *overrides, world=world)
     optimizer.step = lambda: None  # type: ignore[method-assign]
-    return model, train.train_step(model, optimizer, [edit(batch) for batch in microbatches], config, run)
+    return model, train.train_step(model, optimizer, [edit(batch) for batch in microbatches], step, run)
 
 
 def gradients(model: Transformer) -> dict[str, Tensor]:
@@ -132,13 +133,13 @@ def test_gradients_and_loss_are_those_of_plain_torch(monkeypatch: pytest.MonkeyP
     softmax = "model.moe.router={kind = 'softmax'}"
     cut = ("tokens_per_microbatch=512", "model.moe.z_loss=0.1")
     growing = "model.attention.temperature={kind = 'log', length = 2}"  # with a token's place in its document
-    config, run, model, optimizer, microbatches = ready(loss, softmax, growing, *cut, *CLEAR)
+    step, run, model, optimizer, microbatches = ready(loss, softmax, growing, *cut, *CLEAR)
     microbatches = [with_padding(batch) for batch in microbatches]
     assert len(microbatches) == 2 and microbatches[0].num_targets != microbatches[1].num_targets
     monkeypatch.setattr(optimizer, "step", lambda: None)
     for p in model.parameters():
         p.grad = torch.ones_like(p)  # of an earlier step: must not be added to
-    report = train.train_step(model, optimizer, microbatches, config, run)
+    report = train.train_step(model, optimizer, microbatches, step, run)
     ours = gradients(model)
     model.zero_grad()
     objective, nats = plain_objective(model, microbatches)
@@ -150,9 +151,9 @@ def test_gradients_and_loss_are_those_of_plain_torch(monkeypatch: pytest.MonkeyP
 
 
 def test_gradients_are_clipped_and_the_norm_told_is_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, run, model, optimizer, microbatches = ready("optimizer.clip=1e-3")
+    step, run, model, optimizer, microbatches = ready("optimizer.clip=1e-3")
     monkeypatch.setattr(optimizer, "step", lambda: None)
-    report = train.train_step(model, optimizer, microbatches, config, run)
+    report = train.train_step(model, optimizer, microbatches, step, run)
     norm = torch.stack([gradient.norm() for gradient in gradients(model).values()]).norm()
     assert float(norm) == pytest.approx(1e-3, rel=1e-3) and float(report.gradient_norm) > 0.01
 
@@ -211,9 +212,9 @@ def test_a_second_pass_only_where_a_group_spans_micro_batches(monkeypatch: pytes
     passes: list[bool] = []
     whole = train.forward
 
-    def watched(model: Transformer, batch: Batch, run: Run) -> Any:
+    def watched(*arguments: Any) -> Any:
         passes.append(torch.is_grad_enabled())
-        return whole(model, batch, run)
+        return whole(*arguments)
 
     monkeypatch.setattr(train, "forward", watched)
     sequence = "{kind = 'loss', scope = 'sequence'}"
@@ -295,12 +296,12 @@ def test_the_choices_looked_at_again_are_those_of_the_first_rows(monkeypatch: py
     assert report.routing.report()["choice_overlap"] == 1.0
     overlaps = []
     for tokens in (256, 1024):
-        config, run, model, optimizer, microbatches = ready(*CLEAR, f"tokens_per_microbatch={tokens}")
+        step, run, model, optimizer, microbatches = ready(*CLEAR, f"tokens_per_microbatch={tokens}")
         optimizer.set_learning_rate(1.0)
         with torch.no_grad():
             few = first_rows(microbatches[0], 4)
             before = [stats.selected_NK for stats in train.forward(model, few, run)[1]]
-        report = train.train_step(model, optimizer, microbatches, config, run)
+        report = train.train_step(model, optimizer, microbatches, step, run)
         with torch.no_grad():
             after = [stats.selected_NK for stats in train.forward(model, few, run)[1]]
         kept = [(a[:, :, None] == b[:, None]).sum() / a.numel() for a, b in zip(before, after, strict=True)]
@@ -346,6 +347,6 @@ def test_every_step_gets_its_own_samples_rotation_and_rate(monkeypatch: pytest.M
     batches = Batches(config.data, seed=config.seed)
     for index, (length, steps) in enumerate([(64, seen[:8]), (128, seen[8:])]):
         samples = 512 // length
-        mixture = config.context.stages[index].mixture
-        expected = batches.take(index, length, mixture, 0, samples * len(steps), samples * len(steps))[0].tokens_BT
+        demand = demand_of(config.stages[index].step(0), batches)
+        expected = batches.take(demand, 0, samples * len(steps), samples * len(steps))[0].tokens_BT
         assert torch.equal(torch.cat([tokens for _, _, tokens in steps]), expected)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import train
-from context.stages import Stages
+from context.step_plan import StepPlan
 from data.batches import Batch, Batches
 from model.initialize import initialize
 from model.transformer import build_model
@@ -107,7 +107,6 @@ class Setting:
         self.config: RunConfig = load_config(TINY, [*overrides, f"parallel.expert={expert}"])
         self.run = Run(self.config, Path("runs/none"), CPU, torch.float32, world)
         self.batches = batches_of(world)
-        self.stage = Stages(self.config.context.stages, self.config.tokens_per_step).at(0)
         self.model = build_model(self.config.model, self.batches.tokenizer.vocab_size)
         initialize(self.model, seed, CPU)
         self.model.embedding.weight.data[:, 0] += 0.1
@@ -117,14 +116,17 @@ class Setting:
         self.mesh = expert_mesh(self.config.parallel, world, CPU)
         shard_experts(self.model, self.mesh)
         self.model.recompute = self.config.recompute
-        self.model.use_rotary(self.stage.rotary)
+        self.model.use_rotary(self.plan(0).stage.rotary)
         self.optimizer: Optimizer = build_optimizer(self.model, self.config.optimizer)
 
-    def microbatches(self, step: int) -> list[Batch]:
-        return train.take_step(self.batches, self.stage, 8 * step, self.config)
+    def plan(self, number: int) -> StepPlan:
+        return self.config.stages[0].step(number)
 
-    def step(self, step: int) -> StepReport:
-        return train.train_step(self.model, self.optimizer, self.microbatches(step), self.config, self.run)
+    def microbatches(self, number: int) -> list[Batch]:
+        return train.take_step(self.batches, self.plan(number), self.run)
+
+    def step(self, number: int) -> StepReport:
+        return train.train_step(self.model, self.optimizer, self.microbatches(number), self.plan(number), self.run)
 
     def checkpoints(self, folder: str) -> Checkpoints:
         settings, optimizers = CheckpointSettings(), self.optimizer.optimizers

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attention.mask import Mask
+from attention.mask import Documents, Mask
 from context.plan import SplitMask
 from data.batches import Batch
 from data.rows import NO_TARGET
@@ -38,6 +38,7 @@ def some_batch(row_length: int = 32, num_rows: int = 3) -> Batch:
         lengths=tuple(lengths),
         sources_B=torch.zeros(num_rows, dtype=torch.int64),
         is_real_BT=is_real_BT,
+        padding_B=(~is_real_BT).sum(1),
         rows_B=torch.arange(num_rows),
         keys_B=torch.arange(num_rows) + 100,
         num_targets=int((labels_BT != NO_TARGET).sum()),
@@ -48,6 +49,25 @@ def some_batch(row_length: int = 32, num_rows: int = 3) -> Batch:
 
 def parts_of(batch: Batch, settings: SequenceSettings, ranks: int = 4) -> list[SplitBatch]:
     return [split_batch(batch, settings, ranks, rank) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("row_length", [32, 37])
+@pytest.mark.parametrize("settings", LAYOUTS, ids=lambda settings: settings.layout)
+def test_rows_without_a_document_mask_are_seen_whole_and_their_documents_still_counted(
+    settings: SequenceSettings, row_length: int
+) -> None:
+    """Positions that count through the row, or skip, say nothing of where documents begin."""
+    batch = some_batch(row_length)
+    whole = replace(batch, has_document_mask=False, positions_BT=batch.places_BT * 3)
+    assert whole.mask_lengths == (row_length,) * 3 and whole.num_documents == 9
+    parts = parts_of(whole, settings)
+    extra = parts[0].num_padding
+    expected = (row_length, extra) * 3 if extra else (row_length,) * 3
+    assert all(part.mask_lengths == expected for part in parts)
+    assert mask_of(parts[0]).documents == Documents(expected)
+    assert sum(part.num_documents for part in parts) == 9
+    assert parts[0].lengths == parts_of(batch, settings)[0].lengths
+    assert parts[0].layout == parts_of(replace(batch, lengths=(row_length,) * 3), settings)[0].layout
 
 
 @pytest.mark.parametrize("row_length", [32, 37])

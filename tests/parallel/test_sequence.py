@@ -19,7 +19,7 @@ from torch import Tensor
 import train
 from attention.attention import Attention
 from context.local_comm import LocalComm
-from context.stages import Stages
+from context.step_plan import StepPlan
 from context.ulysses import Ulysses
 from data.batches import Batch, Batches
 from model.initialize import initialize
@@ -115,24 +115,34 @@ class Training:
         self.run = Run(self.config, Path("runs/none"), CPU, torch.float32, world, group)
         groups = self.run.groups
         self.batches = Batches(self.config.data, seed=0, rank=groups.rank, world_size=groups.size)
-        self.stage = Stages(self.config.context.stages, self.config.tokens_per_step).at(0)
         self.model = build_model(self.config.model, self.batches.tokenizer.vocab_size)
         initialize(self.model, 0, CPU)
         shard_experts(self.model, expert_mesh(self.config.parallel, world, CPU))
         split_attention(self.model, group)
         prepare_layers(self.model, compile=False, recompute=self.config.recompute)
-        self.model.use_rotary(self.stage.rotary)
+        self.model.use_rotary(self.plan(0).stage.rotary)
         self.optimizer = build_optimizer(self.model, self.config.optimizer)
 
-    def microbatches(self, step: int) -> list[Batch]:
-        whole = train.take_step(self.batches, self.stage, 4 * step, self.config)
-        return split([with_documents(batch) for batch in whole], self.run)
+    def plan(self, number: int) -> StepPlan:
+        return self.config.stages[0].step(number)
+
+    def microbatches(self, number: int) -> list[Batch]:
+        whole = train.take_step(self.batches, self.plan(number), self.run)
+        return split([with_documents(batch) for batch in whole], self.plan(number), self.run)
 
     def step(self, number: int) -> StepReport:
-        return train.train_step(self.model, self.optimizer, self.microbatches(number), self.config, self.run)
+        return train.train_step(self.model, self.optimizer, self.microbatches(number), self.plan(number), self.run)
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+
+class OwnRows(Training):
+    """Rows as the sources give them."""
+
+    def microbatches(self, number: int) -> list[Batch]:
+        whole = train.take_step(self.batches, self.plan(number), self.run)
+        return split(whole, self.plan(number), self.run)
 
 
 def assert_close(name: str, ours: Tensor | float, theirs: Tensor | float, tolerance: float = 1e-5) -> None:
@@ -230,15 +240,40 @@ def case_three_steps_of_other_kinds_of_attention() -> None:
             check_steps(f"{attention}, {parallel}", Training(this_world(), *kind, parallel), whole_steps(*kind))
 
 
+def case_three_steps_of_what_a_stage_may_ask_of_its_rows() -> None:
+    """Positions that skip, and rows that are seen whole, also where they do not divide."""
+    skips, whole = "context.stages.0.positions={kind = 'pose', reach = 400}", "context.stages.0.has_document_mask=false"
+    rows = ("context.stages.0.mixture={needles = 1.0}", "data.sources.needles.fractions=[0.5]")
+    lengths = ("context.stages.0.sequence_length=102", "context.stages.1.sequence_length=102")
+    padded = (*lengths, "tokens_per_step=408", "tokens_per_microbatch=204", "model.moe.balance=[]")
+    plain = record_of(OwnRows(ALONE, *rows), 1)[0][0]
+    for asked in ((*rows, skips), (*rows, whole), (*rows, skips, whole, *padded)):
+        expected = record_of(OwnRows(ALONE, *asked), 3)
+        assert abs(float(expected[0][0].loss - plain.loss)) > 1e-4
+        for context in contexts():
+            ours = OwnRows(this_world(), *asked, f"parallel.context={context}")
+            check_steps(f"{asked}, context {context}", ours, expected)
+
+
+def case_three_steps_of_a_stage_that_grows() -> None:
+    """The window that training sees narrows tiles too, and lengths change from step to step."""
+    for growth in ("{kind = 'window', start = 8, rate = 20.0}", "{kind = 'power_of_two', shortest = 64, cycles = 1}"):
+        grows = (f"context.stages.0.growth={growth}", "model.moe.balance={kind = 'loss'}")
+        expected = record_of(OwnRows(ALONE, *grows), 3)
+        for context in contexts():
+            parallel = f"parallel={{context = {context}, sequence = {{full = 'ring', window = 'gather'}}}}"
+            check_steps(f"{growth}, {parallel}", OwnRows(this_world(), *grows, parallel), expected)
+
+
 def case_a_rank_with_other_documents_is_found_out() -> None:
     """Every rank says so, and none waits."""
     training = Training(this_world(), f"parallel.context={dist.get_world_size()}")
-    whole = [with_documents(batch) for batch in train.take_step(training.batches, training.stage, 0, training.config)]
+    whole = [with_documents(batch) for batch in train.take_step(training.batches, training.plan(0), training.run)]
     if training.world.rank == 1:
         first = whole[-1].lengths
         whole[-1] = replace(whole[-1], lengths=(*first[:-2], first[-2] + first[-1]))
     with pytest.raises(Refusal, match="disagree on the documents and tokens of a step: ranks 1 have"):
-        split(whole, training.run)
+        split(whole, training.plan(0), training.run)
     dist.barrier()
 
 
@@ -326,9 +361,9 @@ def test_ranks_that_do_not_divide_into_groups_are_refused(context: int, size: in
 
 def test_a_step_is_shared_out_among_groups() -> None:
     config = load_config(TINY, ["parallel.context=4", "tokens_per_microbatch=512"])
-    assert rows_of_step(config, 64, 1) == 8
+    assert rows_of_step(config, config.stages.step(0), 1) == 8
     with pytest.raises(Refusal, match=r"does not divide among 2 groups of parallel.context=4 ranks"):
-        rows_of_step(config, 64, 2)
+        rows_of_step(config, config.stages.step(0), 2)
 
 
 def test_each_layer_reaches_over_the_group_by_the_method_of_its_kind() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 import run.checkpoint
 import run.sealed
 from run.checkpoint import Checkpoints, CheckpointSettings, read_checkpoint
+from run.sealed import Damaged
 from settings import Refusal, Section, to_toml
 
 FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json", "config.toml", "manifest.json")
@@ -462,3 +463,27 @@ def test_read_checkpoint_takes_a_run_or_one_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(Refusal, match="holds no checkpoint"):
         read_checkpoint(tmp_path / "empty")
+
+
+def test_the_ends_of_stages_stay_beside_the_newest(tmp_path: Path) -> None:
+    model, optimizers = build()
+    checkpoints, _ = open_in(tmp_path, model, optimizers, keep=2)
+    for step in range(1, 8):
+        checkpoints.save(step, {"step": step}, is_stage_end=step in (2, 5, 7))
+    assert [path.name[-1] for path in sorted((tmp_path / "checkpoints").iterdir())] == ["2", "5", "6", "7"]
+    again, _ = open_in(tmp_path, model, optimizers, keep=1)
+    again.save(8, {"step": 8})
+    assert [path.name[-1] for path in sorted((tmp_path / "checkpoints").iterdir())] == ["2", "5", "7", "8"]
+
+
+def test_a_checkpoint_of_another_folder_is_loaded_and_not_taken_for_ones_own(tmp_path: Path) -> None:
+    theirs = saved_run(tmp_path / "theirs", steps=3)[-1]
+    model, optimizers = build(seed=1)
+    checkpoints, _ = open_in(tmp_path / "ours", model, optimizers)
+    assert checkpoints.restore(theirs) == {"steps": 3} and checkpoints.latest_step is None
+    _, _, weights = read_checkpoint(theirs)
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert optimizers[0].state and checkpoints.restore_latest() is None
+    (theirs / "optimizer.json").write_text("{}")
+    with pytest.raises(Damaged, match=r"optimizer.json"):
+        checkpoints.restore(theirs)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from run import page, sections, sections_reach
 from run import report as room
-from run import sections
 from run.__main__ import main
 from run.facts import read_run
 from run.figures import smooth
@@ -49,8 +49,9 @@ class Page(HTMLParser):
 @pytest.fixture
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are built but not painted, which takes most of a report's time."""
-    monkeypatch.setattr(sections, "png", lambda figure: b"\x89PNG" + bytes(len(figure.axes)))
+    monkeypatch.setattr(page, "png", lambda figure: b"\x89PNG" + bytes(len(figure.axes)))
     monkeypatch.setattr(sections.heatmap, "png", lambda grids, *_: b"\x89PNG" + bytes(len(grids)))
+    monkeypatch.setattr(sections_reach, "to_png", lambda figure: b"\x89PNG" + bytes(len(figure.axes)))
 
 
 def make_run(
@@ -208,7 +209,7 @@ def test_the_load_over_time_has_a_row_for_each_evaluation(tmp_path: Path, monkey
         return Figure()
 
     monkeypatch.setattr(sections, "expert_load", catch)
-    monkeypatch.setattr(sections, "png", lambda figure: b"")
+    monkeypatch.setattr(page, "png", lambda figure: b"")
     pictures = list(sections._load_over_time(read_run(make_run(tmp_path))))
     assert len(pictures) == 1
     assert drawn == [([[0.25, 0.75]] * 4, (500, 2000))]

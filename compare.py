@@ -1,0 +1,57 @@
+"""Compare arms that differ in one thing: `python compare.py CONFIG [key=value ...]`."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from run.arms import ArmsSettings, Entry, expand, read_arms
+from run.comparison import compare
+from run.comparison_page import show, write_page
+from run.folder import RUNS
+from run.launch import train_all
+from run.start import refusing
+from settings import to_toml
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Plan the runs, train those that are not finished, then say what all of them have shown."""
+    settings = read_arms(arguments.config, arguments.overrides, is_small=arguments.small)
+    name = arguments.name or arguments.config.stem + ("-small" if arguments.small else "")
+    entries = expand(settings, arguments.config, name)
+    if arguments.show:
+        for line in plan(settings, entries):
+            print(line)
+        return
+    if not arguments.report:
+        train_all(entries, RUNS / name, settings.jobs, lambda line: print(line, flush=True))
+    comparison = compare(settings, entries)
+    show(comparison)
+    print(f"report: {write_page(comparison, RUNS / name, to_toml(settings))}")
+
+
+def plan(settings: ArmsSettings, entries: Sequence[Entry]) -> Iterator[str]:
+    """What would be trained: a line a run, and how much of it all is left."""
+    for entry in entries:
+        stage = entry.config.context.stages[-1]
+        begin = 0 if entry.config.branch is None else entry.config.stages[entry.config.branch.stage].start_tokens
+        state = "finished" if entry.is_finished else f"{entry.config.total_tokens - begin:,} tokens"
+        yield f"{entry.config.name:<40} {state:>18}, ends at length {stage.sequence_length:,} under {stage.rotary.kind}"
+    left = sum(not entry.is_finished for entry in entries)
+    yield f"{len(entries)} runs, {left} of them to train, {settings.jobs} at a time"
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config", type=Path, help="a comparison, for example configs/context/extension_arms.toml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values in place of the file's: seeds=[0]")
+    parser.add_argument("--name", help="what folders below runs/ begin with; left out, the file's name")
+    parser.add_argument("--small", action="store_true", help="as the file's table [small] has it")
+    parser.add_argument("--show", action="store_true", help="check and list all runs, and train none")
+    parser.add_argument("--report", action="store_true", help="train nothing: say what the folders hold so far")
+    return parser.parse_intermixed_args(words)
+
+
+if __name__ == "__main__":
+    chosen = parse_arguments()
+    sys.exit(refusing(lambda: main(chosen)))

@@ -1,0 +1,102 @@
+"""What a rank computes on, in the numbers that a plan needs: known, given, or measured in a second."""
+
+import os
+import platform
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from model.kept import Numbers
+from settings import Refusal, nearest
+
+EFFICIENCY = 0.4
+"""Share of its best product's speed that a device is taken to reach over a whole training step, where none is given."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """One rank's device."""
+
+    kind: str
+    """`cpu` or `cuda`: what torch calls it."""
+    name: str
+    dtype: torch.dtype
+    """What products take."""
+    peak: float
+    """Floating-point operations a second of the fastest product in `dtype`."""
+    memory: int | None = None
+    """Bytes; None: not known."""
+    bandwidth: float | None = None
+    """Bytes a second that it sends to others of its machine; None: not known."""
+    efficiency: float = EFFICIENCY
+    source: str = "as published"
+    """Where `peak` is from."""
+
+    @property
+    def numbers(self) -> Numbers:
+        """How it holds what is kept from forward to backward."""
+        return Numbers(self.dtype.itemsize, self.kind)
+
+    @property
+    def rate(self) -> float:
+        """Floating-point operations a second over a whole step."""
+        return self.peak * self.efficiency
+
+
+PUBLISHED = {
+    # NVIDIA's data sheets: dense bf16, NVLink in one direction; of memory what torch finds, which is less than is sold.
+    device.name: device
+    for device in (
+        Device("cuda", "a100", torch.bfloat16, 312e12, 79 * 2**30, 300e9),
+        Device("cuda", "h100", torch.bfloat16, 989e12, 79 * 2**30, 450e9),
+        Device("cuda", "h200", torch.bfloat16, 989e12, 139 * 2**30, 450e9),
+    )
+}
+
+
+def published(name: str) -> Device:
+    """A device that is not here, by name; raises Refusal for one that is not known."""
+    if name not in PUBLISHED:
+        raise Refusal(f"--device {name}: no numbers of such a device{nearest(name, list(PUBLISHED))}")
+    return PUBLISHED[name]
+
+
+def this_device(device: torch.device, dtype: torch.dtype, rate: float | None = None) -> Device:
+    """The device that is here: its product measured for a second, unless the rate of a whole step is given."""
+    name, memory = _name_and_memory(device)
+    here = Device(device.type, name, dtype, 0.0, memory)
+    if rate is not None:
+        return with_rate(here, rate)
+    size = 8192 if device.type == "cuda" else 1024
+    peak = measured_product(device, dtype, size)
+    shown = str(dtype).removeprefix("torch.")
+    return replace(here, peak=peak, source=f"measured, a product of {size:,} x {size:,} in {shown}")
+
+
+def with_rate(device: Device, rate: float) -> Device:
+    """The same device where a whole step reaches so many operations a second."""
+    if rate <= 0:
+        raise Refusal(f"--rate {rate:g}: give floating-point operations a second, such as 120e12")
+    return replace(device, peak=rate, efficiency=1.0, source="given, of a whole step")
+
+
+def measured_product(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 1.0) -> float:
+    """The best of as many products of two square matrices as fit in the time: operations a second."""
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    out, best, end = torch.empty_like(left), float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        torch.mm(left, left, out=out)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _name_and_memory(device: torch.device) -> tuple[str, int | None]:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return properties.name, properties.total_memory
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)", pages

@@ -1,0 +1,167 @@
+"""A comparison's file: which runs it makes, and what is refused before one of them starts."""
+
+from pathlib import Path
+
+import pytest
+
+from run.arms import Entry, expand, laid_over, read_arms
+from settings import Refusal, to_toml
+
+BASE = """
+total_tokens = 192
+tokens_per_step = 64
+model = { num_layers = 1, width = 16, feed_forward_width = 16, attention = { num_heads = 2, num_kv_heads = 2 } }
+data.sources.python = { kind = "local_python" }
+optimizer = { kind = "adamw", learning_rate = 1e-3 }
+
+[[context.stages]]
+until_tokens = 128
+sequence_length = 16
+rotary = { kind = "default", base = 1e4 }
+
+[[context.stages]]
+until_tokens = 192
+sequence_length = 64
+rotary = { kind = "default", base = 1e4 }
+"""
+ARMS = """
+branch_stage = 1
+seeds = [3, 5]
+every.evals.at_stage_starts = true
+base.evals.every_tokens = 64
+
+[bases]
+a = "a.toml"
+b = "b.toml"
+
+[arms.none]
+
+[arms.yarn]
+context.stages.1.rotary = { kind = "yarn", base = 1e4, factor = 4.0, original_length = 16 }
+
+[[claims]]
+above = ["yarn"]
+below = ["none"]
+length = 64
+
+[small]
+seeds = [0]
+every.total_tokens = 128
+every.context.stages.0.until_tokens = 64
+every.context.stages.1.until_tokens = 128
+"""
+
+
+@pytest.fixture
+def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a comparison of two arms on two bases; runs/ lies beside it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.toml").write_text(BASE)
+    (tmp_path / "b.toml").write_text('extends = "a.toml"\nmodel.width = 32\n')
+    path = tmp_path / "arms.toml"
+    path.write_text(ARMS)
+    return path
+
+
+def runs(path: Path, *overrides: str, is_small: bool = False) -> dict[str, Entry]:
+    entries = expand(read_arms(path, overrides, is_small=is_small), path, "t")
+    return {entry.config.name: entry for entry in entries}
+
+
+def test_every_arm_on_every_base_under_every_seed_after_the_run_it_branches_from(comparison: Path) -> None:
+    found = runs(comparison)
+    wanted = [f"t.{b}.{seed}{arm}" for b in "ab" for seed in (3, 5) for arm in ("", ".none", ".yarn")]
+    assert list(found) == wanted
+    for name, entry in found.items():
+        _, base, seed, *arm = name.split(".")
+        config = entry.config
+        assert (entry.base, entry.seed, entry.arm) == (base, int(seed), arm[0] if arm else None)
+        assert config.seed == int(seed) and config.model.width == {"a": 16, "b": 32}[base]
+        assert config.evals.at_stage_starts and config.evals.every_tokens == (None if arm else 64)
+        assert len(config.context.stages) == (2 if arm else 1) and config.total_tokens == (192 if arm else 128)
+        if arm:
+            assert (config.branch.run, config.branch.stage) == (f"runs/t.{base}.{seed}", 1)
+            assert config.context.stages[1].rotary.kind == ("yarn" if arm == ["yarn"] else "default")
+            assert config.context.stages[0].rotary.kind == "default"
+        else:
+            assert config.branch is None
+        assert entry.folder == Path("runs") / name
+
+
+def test_without_a_branch_arms_train_from_their_start(comparison: Path) -> None:
+    comparison.write_text(ARMS.replace("branch_stage = 1", ""))
+    found = runs(comparison)
+    assert list(found) == [f"t.{base}.{seed}.{arm}" for base in "ab" for seed in (3, 5) for arm in ("none", "yarn")]
+    assert all(entry.config.branch is None and len(entry.config.context.stages) == 2 for entry in found.values())
+
+
+def test_small_only_and_overrides(comparison: Path) -> None:
+    small = runs(comparison, is_small=True)
+    assert {entry.seed for entry in small.values()} == {0}
+    assert {entry.config.total_tokens for entry in small.values()} == {64, 128}
+    assert list(runs(comparison, "seeds=[7]", 'only=["b", "yarn"]')) == ["t.b.7", "t.b.7.yarn"]
+    assert list(runs(comparison, "seeds=[7]", 'only=["none"]')) == ["t.a.7", "t.a.7.none", "t.b.7", "t.b.7.none"]
+    changed = runs(comparison, "arms.yarn.context.stages.1.rotary.factor=8.0")
+    assert changed["t.a.3.yarn"].config.context.stages[1].rotary.factor == 8
+
+
+def test_tables_of_one_kind_are_merged_and_items_reached_by_number() -> None:
+    old = {"list": [{"a": 1, "b": 2}, {"a": 3}], "x": {"kind": "p", "y": 1}}
+    assert laid_over(old, {"list": {"1": {"a": 4}}}, "")["list"] == [{"a": 1, "b": 2}, {"a": 4}]
+    assert laid_over(old, {"list": [1]}, "")["list"] == [1]
+    assert laid_over(old, {"x": {"z": 2}}, "")["x"] == {"kind": "p", "y": 1, "z": 2}
+    assert laid_over(old, {"x": {"kind": "p", "z": 2}}, "")["x"] == {"kind": "p", "y": 1, "z": 2}
+    assert laid_over(old, {"x": {"kind": "q", "z": 2}}, "")["x"] == {"kind": "q", "z": 2}
+    assert old == {"list": [{"a": 1, "b": 2}, {"a": 3}], "x": {"kind": "p", "y": 1}}, "left as it was"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (
+            "context.stages.1.rotary",
+            "context.stages.2.rotary",
+            r"arms.yarn.context.stages.2: is no item of an array of 2",
+        ),
+        ('kind = "yarn"', 'kind = "yarm"', r"t.a.3.yarn: context.stages.1.rotary.kind: unknown kind 'yarm'"),
+        ("context.stages.1.rotary", "context.stages.0.rotary", r"arms.yarn: changes what its base does before stage 1"),
+        ("branch_stage = 1", "branch_stage = 2", r"branch_stage=2: the base has 2 stages, 0 to 1"),
+        ('above = ["yarn"]', 'above = ["yarm"]', r"claims: no arm 'yarm'; did you mean 'yarn'"),
+        ("seeds = [3, 5]", "seeds = [3, 3]", r"seeds=\[3, 3\] names one twice"),
+        ("[arms.none]", '[arms."no.ne"]', r"'no.ne' names a run's folder"),
+        ('b = "b.toml"', 'b = "c.toml"', r"c.toml: no such configuration file"),
+        ("seeds = [3, 5]", 'seeds = [3]\nonly = ["yarm"]', r"only: no base and no arm 'yarm'; did you mean 'yarn'"),
+        ("seeds = [3, 5]", "seed = 3", r"seed: unknown key"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_run_starts(comparison: Path, before: str, after: str, words: str) -> None:
+    assert before in ARMS
+    comparison.write_text(ARMS.replace(before, after, 1))
+    with pytest.raises(Refusal, match=words):
+        runs(comparison)
+    assert not Path("runs").exists()
+
+
+def test_a_small_comparison_must_be_described(comparison: Path) -> None:
+    comparison.write_text(ARMS[: ARMS.index("[small]")])
+    with pytest.raises(Refusal, match=r"has no table \[small\]"):
+        runs(comparison, is_small=True)
+
+
+def test_a_folder_of_another_run_is_refused(comparison: Path) -> None:
+    folder = Path("runs/t.b.5.yarn")
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(Refusal, match=r"runs/t.b.5.yarn: is not empty and holds no config.toml"):
+        runs(comparison)
+
+
+def test_finished_is_the_last_steps_checkpoint(comparison: Path) -> None:
+    entry = runs(comparison)["t.a.3.yarn"]
+    assert not entry.is_finished
+    for step, is_finished in ((2, False), (3, True)):
+        checkpoint = entry.folder / "checkpoints" / f"step_{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text("{}")
+        assert entry.is_finished == is_finished
+    assert to_toml(entry.config)

@@ -1,0 +1,139 @@
+"""Training of many runs: what waits for what, what a failure leaves, and that nothing is trained twice."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from run import launch
+from run.arms import Entry, expand, read_arms
+from run.launch import train_all
+from settings import Refusal
+from tests.run.test_arms import ARMS, BASE
+
+TRAINER = """
+import json, pathlib, sys, time, tomllib
+config = tomllib.loads(pathlib.Path(sys.argv[1]).read_text())
+folder, branch = pathlib.Path("runs") / config["name"], config.get("branch")
+with open("events", "a") as events:
+    print("begin", config["name"], *sys.argv[2:], file=events)
+if branch:
+    assert list(pathlib.Path(branch["run"]).glob("checkpoints/*/manifest.json")), "branched too early"
+time.sleep(0.2)
+while pathlib.Path("slow_" + config["name"]).exists() and not pathlib.Path("go").exists():
+    time.sleep(0.01)
+if pathlib.Path("go").exists():
+    time.sleep(0.5)  # long enough for whoever watches to have seen what came before
+if pathlib.Path("fail_" + config["name"]).exists():
+    print("first line")
+    print("it went wrong")
+    sys.exit(2)
+steps = config["total_tokens"] // config["tokens_per_step"]
+checkpoint = folder / "checkpoints" / f"step_{steps:08d}"
+checkpoint.mkdir(parents=True)
+(checkpoint / "manifest.json").write_text("{}")
+with open("events", "a") as events:
+    print("end", config["name"], file=events)
+"""
+
+
+@pytest.fixture
+def entries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Entry]:
+    """Two bases, two arms each; in train.py's place something that takes a fifth of a second."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.toml").write_text(BASE)
+    (tmp_path / "b.toml").write_text(BASE)
+    (tmp_path / "arms.toml").write_text(ARMS)
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    monkeypatch.setattr(launch, "TRAIN", tmp_path / "trainer.py")
+    monkeypatch.setattr(launch, "PAUSE", 0.01)
+    path = tmp_path / "arms.toml"
+    return expand(read_arms(path, ["seeds=[0]"]), path, "t")
+
+
+def events(kind: str) -> list[str]:
+    path = Path("events")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.removeprefix(f"{kind} ") for line in lines if line.startswith(kind)]
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_all_are_trained_once_bases_before_their_arms(entries: list[Entry], jobs: int) -> None:
+    said: list[str] = []
+    train_all(entries, Path("runs/t"), jobs, said.append)
+    names = [entry.config.name for entry in entries]
+    assert sorted(events("end")) == sorted(names) and all(entry.is_finished for entry in entries)
+    assert [line.split("] ")[0] for line in said] == [f"[{number}/6" for number in range(1, 7)]
+    assert all(f"threads={max(1, (launch.os.cpu_count() or 1) // jobs)}" in line for line in events("begin"))
+    train_all(entries, Path("runs/t"), jobs, said.append)
+    assert len(events("begin")) == 6 and len(said) == 6
+
+
+def test_so_many_at_a_time(entries: list[Entry]) -> None:
+    begin = time.monotonic()
+    train_all(entries, Path("runs/t"), 1, lambda line: None)
+    assert time.monotonic() - begin > 6 * 0.2
+    order = Path("events").read_text().splitlines()
+    assert [line.split()[0] for line in order] == ["begin", "end"] * 6
+
+
+def test_threads_that_the_configuration_names_are_left_alone(entries: list[Entry]) -> None:
+    named = [Entry(e.config.model_copy(update={"threads": 1}), e.base, e.seed, e.arm) for e in entries[:1]]
+    train_all(named, Path("runs/t"), 1, lambda line: None)
+    assert events("begin") == ["t.a.0"]
+
+
+def test_a_failure_ends_it_with_its_last_words_and_the_same_call_goes_on(entries: list[Entry]) -> None:
+    Path("fail_t.a.0.none").touch()
+    said: list[str] = []
+    with pytest.raises(
+        Refusal, match=r"(?s)t.a.0.none: did not finish; runs/t/t.a.0.none.log ends with.*it went wrong"
+    ):
+        train_all(entries, Path("runs/t"), 1, said.append)
+    assert events("end") == ["t.a.0"] and "t.a.0.none: failed" in said[-1]
+    Path("fail_t.a.0.none").unlink()
+    train_all(entries, Path("runs/t"), 1, said.append)
+    assert events("end")[0] == "t.a.0" and len(events("end")) == 6
+
+
+def test_what_trains_beside_a_failure_is_waited_for(entries: list[Entry]) -> None:
+    Path("fail_t.a.0").touch()
+    with pytest.raises(Refusal, match=r"t.a.0: did not finish"):
+        train_all(entries, Path("runs/t"), 2, lambda line: None)
+    begun = {line.split()[0] for line in events("begin")}
+    assert set(events("end")) == begun - {"t.a.0"} and "t.a.0.none" not in begun
+
+
+def test_nothing_is_begun_after_a_failure(entries: list[Entry], tmp_path: Path) -> None:
+    path = tmp_path / "arms.toml"
+    four = expand(read_arms(path, ["seeds=[0, 1]"]), path, "t")
+    Path("fail_t.a.0").touch()
+    Path("slow_t.a.1").touch()  # still trains when the failure is seen, while both runs of b could begin
+
+    def say(line: str) -> None:
+        if "failed" in line:
+            Path("go").touch()
+
+    with pytest.raises(Refusal, match=r"t.a.0: did not finish"):
+        train_all(four, Path("runs/t"), 2, say)
+    assert {line.split()[0] for line in events("begin")} == {"t.a.0", "t.a.1"} and events("end") == ["t.a.1"]
+
+
+def test_an_interrupt_waits_for_what_trains(entries: list[Entry]) -> None:
+    Path("slow_t.b.0").touch()
+
+    def interrupt(line: str) -> None:
+        Path("go").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_all(entries, Path("runs/t"), 2, interrupt)
+    assert events("end") == ["t.a.0", "t.b.0"]
+
+
+def test_a_run_that_was_stopped_counts_as_not_finished(entries: list[Entry], tmp_path: Path) -> None:
+    (tmp_path / "trainer.py").write_text("print('stopped after step 3')")
+    with pytest.raises(Refusal, match=r"(?s)t.a.0: did not finish.*stopped after step 3"):
+        train_all(entries, Path("runs/t"), 1, lambda line: None)
+    assert sys.executable

@@ -1,0 +1,89 @@
+"""The command: what it plans, that it goes on where it was stopped, and what it says in the end."""
+
+from pathlib import Path
+
+import pytest
+
+import compare
+from run import launch
+from run.arms import expand, read_arms
+from tests.run.test_arms import ARMS, BASE
+from tests.run.test_launch import TRAINER
+
+ASKED = """
+import json
+arm = config["name"].split(".")[-1]
+score = {"none": 0.1, "yarn": 0.9}.get(arm, 0.0)
+(folder / "config.toml").write_text(pathlib.Path(sys.argv[1]).read_text())
+begin = {"step": 2, "tokens": 128}
+(folder / "environment.json").write_text(json.dumps({"branched_from": begin | {"run": "x", "stage": 1}}))
+row = {"task": "needle", "length": 64, "depth": 0.0, "score": score, "count": 1}
+rows = [row | begin | {"stage": 1, "moment": "start"}, row | {"step": 3, "tokens": 192, "stage": 1}]
+(folder / "evals.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A comparison whose runs answer at once what their arm's name says."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.toml").write_text(BASE)
+    (tmp_path / "b.toml").write_text(BASE)
+    (tmp_path / "arms.toml").write_text(ARMS)
+    (tmp_path / "trainer.py").write_text(TRAINER.replace("time.sleep(0.2)", "") + ASKED)
+    monkeypatch.setattr(launch, "TRAIN", tmp_path / "trainer.py")
+    monkeypatch.setattr(launch, "PAUSE", 0.01)
+    return tmp_path / "arms.toml"
+
+
+def call(*words: object) -> None:
+    compare.main(compare.parse_arguments([str(word) for word in words]))
+
+
+def test_it_plans_trains_and_says_what_was_found(path: Path, capsys: pytest.CaptureFixture) -> None:
+    call(path, "--show")
+    planned = capsys.readouterr().out
+    assert "arms.b.5.yarn" in planned and "12 runs, 12 of them to train, 1 at a time" in planned
+    assert "64 tokens, ends at length 64 under yarn" in planned and not Path("runs").exists()
+    call(path)
+    said = capsys.readouterr().out
+    assert "[12/12]" in said and "a, zero-shot, needle at 64: {yarn} above {none} by +0.80" in said
+    assert "after 1 step," in said and Path("runs/arms/comparison.html").is_file()
+    call(path)
+    assert "trained in" not in capsys.readouterr().out, "all were finished"
+    call(path, "--show")
+    assert "12 runs, 0 of them to train" in capsys.readouterr().out
+
+
+def test_reports_of_what_is_there_so_far(path: Path, capsys: pytest.CaptureFixture) -> None:
+    call(path, "--report")
+    assert "Nothing is measured yet of what is claimed." in capsys.readouterr().out
+    call(path, "--small", "--name", "few", "only=['a', 'none', 'yarn']")
+    out = capsys.readouterr().out
+    assert "one seed gives no interval: {yarn} less {none} is +0.80" in out
+    assert {folder.name for folder in Path("runs").iterdir()} == {
+        "arms",
+        "few",
+        "few.a.0",
+        "few.a.0.none",
+        "few.a.0.yarn",
+    }
+
+
+def test_the_shipped_demonstration_shares_one_base_among_seven_arms(monkeypatch, tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(tmp_path)
+    shipped = root / "configs" / "context" / "extension_arms.toml"
+    entries = expand(read_arms(shipped, []), shipped, "x")
+    assert len(entries) == 2 * 3 * (1 + 7)
+    kinds = [entry.config.context.stages[-1].rotary.kind for entry in entries[1:8]]
+    assert kinds == ["default", "linear", "ntk", "yarn", "llama3", "abf", "none"]
+    for entry in entries:
+        assert (entry.arm is None) == (entry.config.branch is None)
+        if entry.arm is not None:
+            start = entry.config.stages[1].start_tokens
+            every = entry.config.evals.every_tokens
+            asked = {
+                tokens // 4096 - start // 4096 for tokens in range(start + every, entry.config.total_tokens + 1, every)
+            }
+            assert entry.config.evals.at_stage_starts and {10, 30, 60} <= asked

@@ -1,0 +1,133 @@
+"""What plan.py prints, and that it refuses what train.py would."""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import plan
+from model.size import count
+from run.config import load_config
+from run.metrics import short
+from run.outlook import table
+from settings import Refusal
+
+ROOT = Path(__file__).parents[1]
+TINY = Path(__file__).parent / "tiny.toml"
+TEXTS = "data.sources.words.path=words.jsonl"
+
+
+def write_documents() -> None:
+    """Texts of a few words each, so that several share a row."""
+    draws = random.Random(0)
+    texts = ["".join(draws.choices("abcdefgh ", k=draws.randint(5, 60))) for _ in range(600)]
+    Path("words.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.fixture(autouse=True)
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_documents()
+
+
+def printed(capsys: pytest.CaptureFixture[str], *overrides: str, **options: object) -> str:
+    defaults = {"ranks": None, "device": None, "rate": 1e9, "efficiency": None, "no_data": False}
+    plan.main(argparse.Namespace(config=str(TINY), overrides=[TEXTS, *overrides], **(defaults | options)))
+    return capsys.readouterr().out
+
+
+def test_the_whole_plan_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys)
+    size = count(load_config(TINY, []).model, 257)
+    assert said.startswith(f"{short(size.total)} parameters, of which a token meets {short(size.active)}: embedding")
+    title, first, second, whole = said.split("\n\n")[1].splitlines()
+    assert title.startswith("stage  tokens  steps  length  rows a step  a micro-batch  ranks a row")
+    assert title.split()[-5:] == ["FLOP", "in", "attention", "memory", "time"]
+    assert first.split()[:7] == ["0", "4.1K", "8", "64", "8", "4", "1"]
+    assert second.split()[:7] == ["1", "2.05K", "4", "128", "4", "2", "1"]
+    assert whole.split()[:3] == ["all", "6.14K", "12"]
+    parts = [line.split("  ")[0] for line in said.split("\n\n")[2].splitlines()]
+    assert parts[:4] == ["memory of a rank", "weights", "gradients", "moments"] and "all" in parts
+    assert "1 x CPU" in said and "documents as in each stage's first rows" in said
+    assert "Time: 1B FLOP/s a rank, 100% of 1B (given, of a whole step)" in said
+    assert "layers by" not in said and not Path("runs").exists()
+
+
+def test_documents_cost_less_than_whole_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    def share(said: str) -> float:
+        return float(said.split("\n\n")[1].splitlines()[1].split()[8].rstrip("%"))
+
+    documents, rows = share(printed(capsys)), share(printed(capsys, no_data=True))
+    assert 0 < documents < rows
+
+
+def test_ranks_that_share_rows_and_what_they_send(capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys, "context.stages.1.context=2", "parallel.expert=4", "tokens_per_microbatch=128")
+    assert "4 x CPU" in said, "the fewest that divide into groups of 2 and of 4"
+    assert "stage 1, full layers by groupcast" in said and "stage 0, full layers" not in said
+    assert "exchange" in said
+    assert "2 x CPU" in printed(capsys, ranks=2)
+
+
+def test_the_fewest_ranks_divide_into_all_groups() -> None:
+    config = load_config(TINY, ["context.stages.1.context=3", "parallel.expert=2"])
+    assert plan.fewest_ranks(config) == 6 and plan.fewest_ranks(load_config(TINY, [])) == 1
+
+
+def test_another_device_and_what_does_not_fit_on_it(capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys, device="h100", rate=None)
+    assert "1 x h100" in said and "396T FLOP/s a rank, 40% of 989T (as published)" in said and "of 79 GiB" in said
+    assert "!" not in said
+    assert "%!" in printed(capsys, "model.feed_forward_width=268435456", device="h100", rate=None)
+    assert "50% of 989T" in printed(capsys, device="h200", rate=None, efficiency=0.5)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "expected"),
+    [
+        (["optimizer.lerning_rate=1"], {}, "did you mean 'learning_rate'"),
+        (["data.sources.words.path=nowhere.txt"], {}, r"(?s)nowhere.txt.*--no-data plans without"),
+        (["model.moe.capacity={factor = 1.0}", "context.stages.0.context=2"], {}, "context.stages.0.context=2 gives"),
+        (["tokens_per_microbatch=512"], {"ranks": 3}, "does not divide among 3 ranks"),
+        (["context.stages.1.sequence_length=8"], {}, "(?i)needle"),
+        (["context.stages.1.growth={kind = 'linear', start = 8}"], {}, "(?i)needle"),
+        (["device=cuda"], {"ranks": 1}, "no NVIDIA GPU"),
+        ([], {"device": "h300"}, "--device h300"),
+        ([], {"rate": 0.0}, "--rate 0"),
+        ([], {"ranks": 0, "device": "tpu"}, "--device tpu"),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused(
+    overrides: list[str], options: dict[str, object], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    if overrides == ["device=cuda"] and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(Refusal, match=expected):
+        printed(capsys, *overrides, **options)
+
+
+def test_without_data_none_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    said = printed(capsys, "data.sources.words.path=nowhere.txt", no_data=True)
+    assert "as if every row were one document" in said
+
+
+def test_the_command_line() -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "plan.py"), str(TINY), TEXTS, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    said = run("--rate", "1e9", "recompute=true", "--ranks", "2", "--no-data")
+    assert said.returncode == 0 and "2 x CPU" in said.stdout and not said.stderr
+    refused = run("--device", "h20")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and not refused.stdout
+
+
+def test_columns_stand_under_their_titles() -> None:
+    rows = [{"name": "a", "size": "1"}, {"name": "longer", "size": "1,000"}, {"name": "b"}]
+    assert list(table(rows)) == ["name     size", "a           1", "longer  1,000", "b"]
