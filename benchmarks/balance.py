@@ -51,6 +51,7 @@ def microbatches_of(count: int) -> list[Batch]:
             lengths=(LENGTH,) * size,
             sources_B=torch.zeros(size, dtype=torch.int64),
             is_real_BT=torch.ones(size, LENGTH, dtype=torch.bool),
+            padding_B=torch.zeros(size, dtype=torch.int64),
             rows_B=torch.arange(first, first + size),
             keys_B=torch.arange(first, first + size),
             num_targets=size * LENGTH,
@@ -68,7 +69,7 @@ def stepper(balance: str, device: torch.device) -> Callable[[], train.StepReport
     initialize(model, 0, device)
     model.use_rotary(DefaultRotary(base=10_000.0))
     optimizer, microbatches = build_optimizer(model, config.optimizer), microbatches_of(4)
-    return lambda: train.train_step(model, optimizer, microbatches, config, run)
+    return lambda: train.train_step(model, optimizer, microbatches, config.stages.step(0), run)
 
 
 def measure(rounds: int, device: torch.device) -> list[dict[str, float | str]]:

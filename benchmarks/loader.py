@@ -14,6 +14,7 @@ from data.batches import Batches
 from data.corpus import local_python
 from data.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer, train_bpe
 from run.config import RunConfig, load_config
+from run.demand import demand_of
 
 Row = dict[str, Any]
 
@@ -22,14 +23,14 @@ def loading(config: RunConfig, steps: int) -> list[Row]:
     """Tokens a second of `Batches.take` at each stage of the configuration, one step at a time."""
     batches = Batches(config.data, seed=0)
     rows = []
-    for index, stage in enumerate(config.context.stages):
-        samples = config.tokens_per_step // stage.sequence_length
-        batches.take(index, stage.sequence_length, stage.mixture, 0, samples, samples)  # packs the epoch
+    for plan in config.stages.first_steps():
+        demand, samples = demand_of(plan, batches), plan.num_samples
+        batches.take(demand, 0, samples, samples)  # packs the epoch
         begin = time.perf_counter()
         for step in range(1, steps + 1):
-            batches.take(index, stage.sequence_length, stage.mixture, step * samples, samples, samples)
-        speed = steps * config.tokens_per_step / (time.perf_counter() - begin)
-        rows.append({"what": "loader", "length": stage.sequence_length, "tokens_per_second": round(speed)})
+            batches.take(demand, step * samples, samples, samples)
+        speed = steps * plan.num_tokens / (time.perf_counter() - begin)
+        rows.append({"what": "loader", "length": plan.sequence_length, "tokens_per_second": round(speed)})
     return rows
 
 

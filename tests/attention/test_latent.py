@@ -18,7 +18,8 @@ from context.layout import Layout
 from context.local_comm import LocalComm
 from context.methods import Split, build_method
 from context.plan import SplitMask
-from context.rotary import DefaultRotary, NoRotary, Rotary, YarnRotary
+from context.rotary import DefaultRotary, NoRotary, YarnRotary
+from context.rotation import Rotary
 from context.wire import Wire
 
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,8 @@ from attention.attention import Attention, AttentionSettings
 from attention.function import attention
 from attention.mask import Documents, Mask
 from attention.temperature import StepTemperature
-from context.rotary import DefaultRotary, Rotary
+from context.rotary import DefaultRotary
+from context.rotation import Rotary
 
 pytest.importorskip("transformers")
 from transformers import GptOssConfig, LlamaConfig, MistralConfig, Qwen3Config
