@@ -49,7 +49,9 @@ def validate(table: Mapping[str, Any], root: type[AnySection], where: str) -> An
     """Turn a plain table into `root`, or refuse with one line for each thing that is wrong."""
     try:
         # Through JSON: strict mode then takes arrays for tuples, as TOML has no other way to write one.
-        return root.model_validate_json(json.dumps(table, default=str))
+        return root.model_validate_json(json.dumps(_taken(table, [root]), default=str))
+    except Refusal as refusal:
+        raise Refusal(f"{where}: {refusal}") from None
     except ValidationError as error:
         lines = [describe(problem, root) for problem in error.errors()]
         raise Refusal("\n".join(f"{where}: {line}" for line in lines)) from None
@@ -73,7 +75,7 @@ def read_table(path: Path, below: tuple[Path, ...] = ()) -> Table:
         raise Refusal(f"{path}: may not be read; check its permissions") from None
     except UnicodeDecodeError as error:
         raise Refusal(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # tomllib's own, or a number of thousands of digits
         raise Refusal(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise Refusal(f"{str(path)[:200]}: cannot be read: {error.strerror}") from None
@@ -101,7 +103,7 @@ def apply_override(table: Table, override: str) -> None:
     """Apply one `section.key=value`; the value is read as TOML, and as a plain string where it is not TOML.
 
     A table takes the place of the whole one that was there; one key of it is reached by its own path. Items of arrays
-    are reached by number: `context.stages.0.sequence_length=256`.
+    are reached by number: `context.stages.0.sequence_length=256`. `none` leaves out a key that may be left out.
     """
     dotted, equals, text = override.partition("=")
     names = dotted.strip().split(".")
@@ -109,7 +111,7 @@ def apply_override(table: Table, override: str) -> None:
         raise Refusal(f"override {override!r}: write section.key=value, for example optimizer.learning_rate=1e-3")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = text.strip()
     place: Any = table
     for name in names[:-1]:
@@ -146,6 +148,8 @@ def nearest(word: str, known: Sequence[str]) -> str:
 def describe(problem: ErrorDetails, root: type[Section]) -> str:
     """One line for one problem that pydantic found: the dotted key, the value, the way out."""
     place, message, value = problem["loc"], problem["msg"].removeprefix("Value error, "), problem["input"]
+    if not place and problem["type"] == "value_error":  # between sections: the message has the keys
+        return message
     key = ".".join(str(name) for name in _without_tags(place, root)) or "the configuration"
     if problem["type"] == "extra_forbidden":
         known = sorted({name for section in _sections_at(place[:-1], root) for name in section.model_fields})
@@ -191,6 +195,27 @@ def _index(items: list[Any], name: str, override: str) -> int:
     if not name.isdigit() or int(name) >= len(items):
         raise Refusal(f"override {override!r}: {name!r} must be a number below {len(items)}, as that key is an array")
     return int(name)
+
+
+def _taken(value: Any, sections: Sequence[type[Section]], key: str = "") -> Any:
+    """The value without the keys that say "none" where they may be left out: so a child or an override takes one back.
+
+    Raises Refusal for a whole number beyond 64 bits: TOML has none, and as a float it would be infinite.
+    """
+    if isinstance(value, list):
+        return [_taken(item, sections, f"{key}.{number}") for number, item in enumerate(value)]
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise Refusal(f"{key}={_shown(value)}: is beyond 64 bits; use a smaller number")
+    if not isinstance(value, Mapping):
+        return value
+    taken = {}
+    for name, inner in value.items():
+        fields = [section.model_fields[name] for section in sections if name in section.model_fields]
+        if inner == "none" and any(field.default is None for field in fields):
+            continue
+        below = [section for field in fields for section in _sections_in(field.annotation)] if fields else sections
+        taken[name] = _taken(inner, below, f"{key}.{name}" if key else name)
+    return taken
 
 
 def _nearest_file(path: Path) -> str:

@@ -30,10 +30,19 @@ from settings import Refusal
 def frequencies(spec: RotarySpec, channels: int) -> tuple[Tensor, float]:
     """Radians per position of each pair, fp32 (P,), and the factor on cos and sin. Computed in fp64, rounded once.
 
-    channels: of a head, all of them; with a `share` P is half of the turned ones. Raises Refusal where they do not fit.
+    channels: of a head, all of them; with a `share` P is half of the turned ones. Raises Refusal where they do not fit,
+    and for numbers so large or small that a frequency or the factor is none.
     """
     turned = turned_channels(spec, channels)
-    speeds_P, attention_factor = FREQUENCIES[spec.kind](spec, turned)
+    try:
+        speeds_P, attention_factor = FREQUENCIES[spec.kind](spec, turned)
+        is_finite = bool(torch.tensor([*speeds_P.tolist(), attention_factor]).isfinite().all())
+    except ArithmeticError:
+        is_finite = False
+    if not is_finite:
+        numbers = spec.model_dump(exclude={"kind", "short", "long"}, exclude_defaults=True)
+        told = ", ".join(f"{name}={value}" for name, value in numbers.items())
+        raise Refusal(f"rotary kind {spec.kind!r} cannot be computed with {told}; use numbers nearer to 1")
     return speeds_P.float(), attention_factor
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from context.lengths import Lengths, check_length, divisors, one_length
+from data.positions import LONGEST
 from settings import Refusal, Section
 
 MOST_STEPS = 10_000_000
@@ -28,19 +29,26 @@ class LinearGrowth(Section):
     """
 
     kind: Literal["linear"] = "linear"
-    start: int = Field(ge=1)
-    """Tokens of a row at the stage's first step."""
+    start: int = Field(ge=1, le=LONGEST)
+    """Tokens of a row at the stage's first step; a multiple of `granularity`."""
     granularity: int = Field(default=1, ge=1)
-    """Lengths are multiples of it; the stage's own is always one of them."""
+    """Lengths before the stage's own are multiples of it."""
+
+    @model_validator(mode="after")
+    def _starts_on_a_rung(self) -> Self:
+        if self.start % self.granularity:
+            near = max(1, round(self.start / self.granularity)) * self.granularity
+            raise ValueError(f"start={self.start} must be a multiple of granularity={self.granularity}; try {near}")
+        return self
 
 
 class PowerOfTwoGrowth(Section):
     """Short rows mostly, then longer ones, in cycles: Grow-P2 of Dataset Decomposition (arXiv 2405.13226, section 3.3).
 
-    The lengths are the stage's, its half, its quarter, ... down to `shortest`, and each has as many steps. In a cycle a
-    step is `odds` times likelier to have a length than the next longer one, among those that have steps left. Nothing
-    is drawn: the steps come in the order in which the odds expect them. The stage's first step has its longest rows, so
-    that what does not fit into memory shows at once.
+    The lengths are the stage's, its half, its quarter, ... down to `shortest`, and in a cycle each has as many steps;
+    what does not share out goes to the longest ones, a step each. A step is `odds` times likelier to have a length than
+    the next longer one, among those that have steps left. Nothing is drawn: the steps come in the order in which the
+    odds expect them. The stage's first step has its longest rows, so that what does not fit into memory shows at once.
     """
 
     kind: Literal["power_of_two"] = "power_of_two"
@@ -48,7 +56,7 @@ class PowerOfTwoGrowth(Section):
     """Tokens of the shortest rows: the stage's length, halved some times."""
     cycles: int = Field(default=8, ge=1)
     """How many times the lengths are gone through."""
-    odds: float = Field(default=2.0, gt=0)
+    odds: float = Field(default=2.0, ge=1e-3, le=1e3)
     """2: 32:16:8:4:2:1 for six lengths. 1: all lengths evenly. Below 1: long rows first."""
 
 
@@ -90,6 +98,11 @@ def lengths_of(growth: Growth | None, key: str, length: int, tokens_per_step: in
             f"{key}.growth.start={growth.start} must be below sequence_length={length}, or the window limits nothing; "
             f"try {max(1, length // 8)}, or leave the growth out"
         )
+    if isinstance(growth, WindowGrowth) and growth.end is not None and growth.end > length:
+        raise Refusal(
+            f"{key}.growth.end={growth.end} is above sequence_length={length}, and no window is wider than a row; "
+            "leave it out to see all in the end"
+        )
     if growth is None or isinstance(growth, WindowGrowth):
         return one_length(length)
     if num_steps > MOST_STEPS:
@@ -104,7 +117,7 @@ def window_of(growth: Growth | None, length: int, step: int) -> int | None:
     """How many tokens back the stage's step of this number sees in training; None: no growth says so."""
     if not isinstance(growth, WindowGrowth):
         return None
-    window = min(growth.end or length, growth.start + int(growth.rate * step))
+    window = min(growth.end or length, growth.start + int(min(growth.rate * step, length)))
     return None if window >= length else window
 
 

@@ -6,13 +6,16 @@ What is read is what transformers 5.23 makes of a file, and what it would pass o
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from context.frequencies import FREQUENCIES, longrope_factor, ntk_base, powers, sharpening, turned_channels, yarn_factor
 from context.rotary import (
     AnyRotary,
     DefaultRotary,
     DynamicRotary,
+    Length,
     LinearRotary,
     Llama3Rotary,
     LongRotary,
@@ -65,12 +68,41 @@ class _Read(Section):
     rotary: AnyRotary
 
 
+class _Rope(Section, extra="ignore"):
+    """What is looked at before a rotation's own settings are checked; any of it may be null."""
+
+    type: str | None = None
+    rope_type: str | None = None
+    partial_rotary_factor: float | None = None
+    original_max_position_embeddings: Length | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+
+class _Ropes(_Rope):
+    full_attention: _Rope | None = None
+    sliding_attention: _Rope | None = None
+
+
+class RotaryKeys(Section, extra="ignore"):
+    """The types of what is read here of a config.json."""
+
+    model_type: str | None = None
+    rope_parameters: _Ropes | None = None
+    rope_scaling: _Ropes | None = None
+    partial_rotary_factor: float | None = None
+    max_position_embeddings: Length | None = None
+    original_max_position_embeddings: Length | None = None
+    kv_lora_rank: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+
+
 def from_huggingface(config: Mapping[str, Any], length: int | None = None) -> AnyRotary:
     """The rotation that a `config.json` describes, of version 5 or 4. Raises Refusal.
 
     length: of the texts it will be used for, on which `dynamic` and `longrope` depend; left out, the configuration's
     max_position_embeddings. Latent attention (`kv_lora_rank`) gets the attention factor that ours needs.
     """
+    validate(config, RotaryKeys, "config.json")
     if config.get("rope_parameters") and config.get("rope_scaling"):
         raise Refusal("rope_parameters and rope_scaling are both there, and only one can be right: remove the other")
     where = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"

@@ -11,6 +11,8 @@ from context.rotary import AnyRotary, RotarySpec, by_view
 
 CHUNK = 65_536
 """Distances that are looked at together."""
+FARTHEST = 1 << 22
+"""Distances that are looked at in all: seconds of work, and farther than rows are."""
 
 
 def liking(speeds_P: Tensor, distances_N: Tensor) -> Tensor:
@@ -22,7 +24,8 @@ def liking(speeds_P: Tensor, distances_N: Tensor) -> Tensor:
 
 
 def first_distance_disliked(speeds_P: Tensor, length: int) -> int | None:
-    """The least distance below `length` at which B(m) is negative; None: there is none."""
+    """The least distance below `length` and `FARTHEST` at which B(m) is negative; None: there is none."""
+    length = min(length, FARTHEST)
     for start in range(0, length, CHUNK):
         distances_N = torch.arange(start, min(start + CHUNK, length))
         below = (liking(speeds_P, distances_N) < 0).nonzero()

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from data.positions import LONGEST
 from settings import Section
 
 Base = Annotated[float, Field(gt=1)]
 """b: pair i turns b^(-2i/C) radians a position. RoFormer (arXiv 2104.09864), section 3.2.2, has 10000."""
 Factor = Annotated[float, Field(ge=1)]
 """How many times longer the context gets."""
-Length = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=1, le=LONGEST)]
 """Tokens."""
 Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -144,7 +145,7 @@ class LongRotary(Section):
     base: Base
     factor: Factor
     """Longest length over the original one: what the attention factor is made of."""
-    original_length: Length = Field(ge=2)
+    original_length: Annotated[int, Field(ge=2, le=LONGEST)]
     """The sequence length the model was trained at, before it is stretched."""
     short: tuple[Positive, ...] = Field(min_length=1, strict=False)  # or an array, which is what files have
     """A factor for each pair, for texts within the original length."""

@@ -10,8 +10,9 @@ from context.rates import Continue, StageRate
 from context.rotary import AnyRotary
 from context.shares import MixtureUnit
 from data.buckets import Buckets
+from data.mixture import Weight
 from data.packing import Pack
-from data.positions import AnyPositions, Consecutive
+from data.positions import LONGEST, AnyPositions, Consecutive
 from settings import Section
 
 
@@ -23,18 +24,18 @@ class StageSettings(Section):
 
     until_tokens: int = Field(ge=1)
     """Tokens of the whole run at which it ends; it ends with the step that reaches them."""
-    sequence_length: int = Field(ge=1)
+    sequence_length: int = Field(ge=1, le=LONGEST)
     """Tokens of a row; with a growth of lengths, of the rows that it leads to."""
     rotary: AnyRotary
     """It takes over at the stage's first step, and nothing else ever changes it."""
-    tokens_per_step: PositiveInt | None = None
+    tokens_per_step: int | None = Field(default=None, ge=1, le=2**40)
     """Tokens in one optimizer step of this stage, whatever its length; left out, the run's."""
     growth: Growth | None = None
     """How the length, or what attention sees, changes inside the stage; left out, it does not."""
     learning_rate: StageRate = Continue()
     moments: Literal["keep", "reset"] = "keep"
     """What the optimizer remembers of earlier gradients: kept, or forgotten before the stage's first step."""
-    mixture: dict[str, float] = Field(default_factory=dict)
+    mixture: dict[str, Weight] = Field(default_factory=dict)
     """Source to share, in `mixture_unit`; shares need not sum to one. Left out: the sources' own weights."""
     mixture_unit: MixtureUnit = "tokens"
     """What the shares count: published ones mean either. Of tokens, or of documents, which are as long as they are."""
@@ -53,9 +54,6 @@ class StageSettings(Section):
 
     @model_validator(mode="after")
     def _shares_make_sense(self) -> Self:
-        below = [name for name, share in self.mixture.items() if share < 0]
-        if below:
-            raise ValueError(f"mixture.{below[0]}={self.mixture[below[0]]} must not be negative; use 0 to leave it out")
         if self.mixture and not any(self.mixture.values()):
             raise ValueError("mixture gives every source the share 0; give one of them more, or leave the table out")
         if not self.mixture and self.mixture_unit != "tokens":

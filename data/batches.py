@@ -113,8 +113,11 @@ class Batches:
 
     def check(self, demand: Demand) -> None:
         """Refuse what the sources cannot give; call it for every demand of a run before the first step."""
-        check_reach(demand.positions, demand.sequence_length)
-        self._mix(demand).check(demand.sequence_length)
+        try:
+            check_reach(demand.positions, demand.sequence_length)
+            self._mix(demand).check(demand.sequence_length)
+        except Refusal as refusal:
+            raise Refusal(f"{demand.where}{refusal}") from None
 
     def take(  # noqa: PLR0917 (one call names a range of samples; there is nothing to group)
         self,

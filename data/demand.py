@@ -25,6 +25,8 @@ class Demand:
     positions: Consecutive | Pose = field(default_factory=Consecutive)
     stage_length: int | None = None
     """The stage's own length, where rows of several lengths are drawn inside it; None: `sequence_length`."""
+    where: str = field(default="", compare=False)
+    """What a refusal of the demand begins with: its place in the configuration."""
 
     def __hash__(self) -> int:
         mappings = tuple(sorted(self.mixture.items())), tuple(sorted(self.buckets.items()))

@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 UNITS = 1_000_000
 CHUNK = 4096
+
+Weight = Annotated[float, Field(ge=0, le=1e12)]
+"""A share against others, which need not sum to one; bounded so that their sum is a number."""
 
 
 @dataclass

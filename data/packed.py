@@ -72,7 +72,7 @@ class PackedSource:
         if self.pack == "decompose" and not self.packing(sequence_length).num_rows:
             raise Refusal(
                 f"{where}: no document, cut into powers of two, gives a piece of sequence_length={sequence_length} "
-                'tokens; use a shorter sequence or pack = "best_fit"'
+                'tokens; use another length or pack = "best_fit"'
             )
 
     def mean_document_length(self, _sequence_length: int) -> float:

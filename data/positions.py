@@ -10,6 +10,9 @@ from data.order import counted
 from data.packing import ragged_ranges
 from settings import Refusal, Section
 
+LONGEST = 1 << 27
+"""The most tokens of a row, and the farthest position: a rank holds whole rows in its memory."""
+
 # The draws of positions have their own place in a row's stream of random numbers.
 STREAM = 0x706F7365
 
@@ -24,7 +27,7 @@ class Pose(Section):
     """PoSE (Zhu et al. 2023, arXiv 2309.10400): train inside the length, with positions that span `reach`."""
 
     kind: Literal["pose"] = "pose"
-    reach: int = Field(ge=2)
+    reach: int = Field(ge=2, le=LONGEST)
     """Every position stays below it, and every distance below it can occur."""
     chunks: int = Field(default=2, ge=2, le=16)
     """Stretches of each document that positions run through without a skip; the paper trains with 2."""

@@ -35,7 +35,7 @@ class PublishedTokenizer:
 
     def __init__(self, settings: PublishedSettings) -> None:
         """Raises Refusal where the file, its end of text or the number of ids cannot be."""
-        text, table = _read(Path(settings.file))
+        text, table = read_file(Path(settings.file))
         self._engine = tokenizers.Tokenizer.from_str(text)
         self._engine.encode_special_tokens = True
         end_of_text = self._engine.token_to_id(settings.end_of_text)
@@ -92,7 +92,8 @@ def _types(part: Any) -> set[str]:
     return set().union(*map(_types, part)) if isinstance(part, list) else set()
 
 
-def _read(file: Path) -> tuple[str, dict[str, Any]]:
+def read_file(file: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a tokenizer.json, and its table; raises Refusal where `tokenizers` would not take it."""
     try:
         text = file.read_text(encoding="utf-8")
         table = json.loads(text)

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, field_validator
 
+from data.mixture import Weight
 from data.order import counted, derive, permute
 from data.packing import ragged_ranges
 from data.rows import NO_TARGET, Rows
@@ -25,9 +26,9 @@ class RecallSettings(Section):
     kind: Literal["recall"] = "recall"
     haystack: str
     """Name of the source whose training text hides the needles."""
-    weight: float = Field(default=1.0, ge=0)
+    weight: Weight = 1.0
     """Share of the rows, against the other sources' weights."""
-    answer_weight: float = Field(default=1.0, gt=0)
+    answer_weight: float = Field(default=1.0, gt=0, le=1e6)
     """Loss weight of each token of the value that is asked for; every other token has 1."""
     needles: int = Field(default=1, ge=1)
     """Needles in a sample; the last line asks for one of them."""
@@ -267,7 +268,7 @@ class RecallSource:
             raise Refusal(
                 f"data.sources.{self.name}: fractions={list(self.settings.fractions)} of sequence_length="
                 f"{sequence_length} give samples of {shortest} tokens, the shortest possible is {self.maker.shortest}; "
-                "use larger fractions"
+                "use longer rows or larger fractions"
             )
         if sequence_length > len(self.haystack):
             raise Refusal(

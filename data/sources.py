@@ -7,6 +7,7 @@ import numpy as np
 from pydantic import Field
 
 from data.corpus import Documents, local_python, text_documents
+from data.mixture import Weight
 from data.prepare import HELD_OUT_SHARE, prepare, recipe_of
 from data.prepared import Prepared
 from data.recall import RecallSettings
@@ -18,14 +19,14 @@ from settings import Refusal, Section
 
 class LocalPythonSettings(Section):
     kind: Literal["local_python"] = "local_python"
-    weight: float = Field(default=1.0, ge=0)
+    weight: Weight = 1.0
 
 
 class TextSettings(Section):
     kind: Literal["text"] = "text"
     path: str
     """A .txt, .md, .jsonl(.gz) or .parquet file or a folder of them; prepared on first use."""
-    weight: float = Field(default=1.0, ge=0)
+    weight: Weight = 1.0
     held_out: float = Field(default=HELD_OUT_SHARE, ge=0, lt=1)
 
 
@@ -33,7 +34,7 @@ class ShardsSettings(Section):
     kind: Literal["shards"] = "shards"
     path: str
     """A folder made by `python -m data prepare`."""
-    weight: float = Field(default=1.0, ge=0)
+    weight: Weight = 1.0
 
 
 DocumentSettings = LocalPythonSettings | TextSettings | ShardsSettings

@@ -1,5 +1,6 @@
 """A configuration is read strictly: what is wrong is refused before anything starts, by name, with the way out."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -75,6 +76,51 @@ def test_a_table_as_override_replaces_the_whole_one(tmp_path: Path) -> None:
     assert load(path, ["choice.rate=0.3"], Root).choice == Rich(rate=0.3, steps=(7,))
     with pytest.raises(Refusal, match="choice: needs a kind"):
         load(path, ["choice={rate = 0.3}"], Root)
+
+
+class Optional(Section):
+    limit: int | None = None
+    heads: Heads | None = None
+    parts: dict[str, Heads | None] = Field(default_factory=dict)
+    stages: tuple["Optional", ...] = ()
+    word: str = ""
+    """Not left out where it is left out: it says nothing."""
+
+
+def test_none_takes_back_what_may_be_left_out(tmp_path: Path) -> None:
+    """On the command line and in a child, in tables and in arrays of them; no other key knows the word."""
+    parent = write(tmp_path / "parent.toml", "limit = 3\n[[stages]]\nlimit = 4\nheads = { num_heads = 8 }\n")
+    assert load(parent, ["stages.0.heads=none", "limit=none"], Optional) == Optional(stages=(Optional(limit=4),))
+    child = write(tmp_path / "child.toml", "extends = 'parent.toml'\nlimit = 'none'\nheads = 'none'\n")
+    assert load(child, [], Optional) == Optional(stages=(Optional(limit=4, heads=Heads(num_heads=8)),))
+    assert load(child, ["limit=5", "word=none"], Optional).limit == 5
+    assert load(child, ["word=none"], Optional).word == "none"
+    with pytest.raises(Refusal, match=r'stages\.0\.heads\.num_heads="none": Input should be a valid integer'):
+        load(parent, ["stages.0.heads.num_heads=none"], Optional)
+    with pytest.raises(Refusal, match=r'stages="none"'):
+        load(parent, ["stages=none"], Optional)
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**400])
+@pytest.mark.parametrize("key", ["choice.rate", "seed", "stages.0.num_heads", "no.such.key"])
+def test_numbers_that_toml_does_not_have_are_refused(tmp_path: Path, key: str, number: int) -> None:
+    """A float would take the largest of them for infinity, which no key allows."""
+    path = write(tmp_path / "a.toml", "choice = { kind = 'plain' }\nstages = [{}]\n")
+    with pytest.raises(Refusal, match=rf"a\.toml: {key}=.*: is beyond 64 bits; use a smaller number"):
+        load(path, [f"{key}={number}"], Root)
+
+
+def test_thousands_of_digits_are_refused_in_a_file_and_on_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"long\.toml: not valid TOML"):
+        load(write(tmp_path / "long.toml", f"seed = {'9' * 5000}"), [], Root)
+    with pytest.raises(Refusal, match=r'seed="999.*: Input should be a valid integer'):
+        load(write(tmp_path / "a.toml", ""), [f"seed={'9' * 5000}"], Root)
+
+
+def test_what_is_wrong_between_sections_names_the_file_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.toml", "num_heads = 3")
+    with pytest.raises(Refusal, match=rf"^{re.escape(str(path))}: num_heads=3 must be divisible by num_kv_heads=2"):
+        load(path, [], Heads)
 
 
 def test_overrides_reach_into_tables_arrays_and_new_tables(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, PositiveInt
 
+from data.mixture import Weight
 from data.order import counted, derive
 from data.packing import ragged_ranges
 from data.rows import NO_TARGET, Rows
@@ -32,7 +33,7 @@ class MqarTask(Section):
     kind: Literal["mqar"] = "mqar"
     pairs: PositiveInt
     vocabulary: PositiveInt = 8192
-    power: float = POWER
+    power: float = Field(default=POWER, ge=-100, le=100)
     """Gaps of n pairs of tokens are drawn with weights n ** (power - 1)."""
 
     def samples(self, keys_S: np.ndarray, length: int) -> Samples:
@@ -54,7 +55,7 @@ class CopyingTask(Section):
 class SyntheticSettings(Section):
     kind: Literal["synthetic"] = "synthetic"
     task: Annotated[InductionTask | MqarTask | CopyingTask, Field(discriminator="kind")]
-    weight: float = Field(default=1.0, ge=0)
+    weight: Weight = 1.0
     """Share of the rows, against the other sources' weights."""
     length: PositiveInt | None = None
     """Tokens of a sample; a row holds as many as fit without a rest. Left out, the sequence length."""

@@ -45,11 +45,12 @@ def growing(draw: Callable) -> tuple[Growth | None, int, int, int]:
     tokens_per_step = length * rows
     halvings = draw(st.integers(0, 3))
     cycles = draw(st.integers(1, 4))
+    start = draw(st.sampled_from(divisors(tokens_per_step)))
     growth = draw(
         st.sampled_from(
             [
                 None,
-                LinearGrowth(start=draw(st.sampled_from(divisors(tokens_per_step))), granularity=2**halvings),
+                LinearGrowth(start=start, granularity=draw(st.sampled_from(divisors(start)))),
                 PowerOfTwoGrowth(
                     shortest=length >> halvings, cycles=cycles, odds=draw(st.sampled_from([0.5, 1, 2, 100]))
                 ),
@@ -117,7 +118,7 @@ def test_linear_growth_climbs_the_lengths_that_a_step_can_hold() -> None:
     # 12,288 is three times a power of two: half-way lengths come in between.
     assert sorted(set(plan_of(40, 512, LinearGrowth(start=128), 12_288))) == [128, 192, 256, 384, 512]
     assert sorted(set(plan_of(40, 512, LinearGrowth(start=128, granularity=128), 12_288))) == [128, 256, 384, 512]
-    assert ladder(LinearGrowth(start=96, granularity=128), 512, 12_288) == [96, 128, 256, 384, 512]
+    assert ladder(LinearGrowth(start=128, granularity=128), 448, 12_288) == [128, 256, 384, 448]
     assert plan_of(5, 64, LinearGrowth(start=512)) == [512, 256, 256, 128, 64], "rows may become shorter"
     assert plan_of(1, 512, LinearGrowth(start=64)) == [512] and plan_of(2, 512, LinearGrowth(start=64)) == [64, 512]
 
@@ -213,6 +214,11 @@ def test_the_window_widens_by_the_published_rule() -> None:
         (PowerOfTwoGrowth(shortest=1024), 80, r"growth\.shortest=1024 must be sequence_length=512 halved.*; try 512$"),
         (PowerOfTwoGrowth(shortest=64), 31, "8 cycles of 4 lengths need as many steps at least, but the stage has 31"),
         (WindowGrowth(start=512), 8, r"growth\.start=512 must be below sequence_length=512.*; try 64"),
+        (
+            WindowGrowth(start=8, end=513),
+            8,
+            r"stages\.0\.growth\.end=513 is above sequence_length=512, .*; leave it out",
+        ),
     ],
 )
 def test_growths_that_cannot_be_are_refused_with_a_way_out(growth: Growth, steps: int, words: str) -> None:
@@ -225,6 +231,18 @@ def test_a_stage_of_more_steps_than_memory_is_refused_before_it_is_laid_out() ->
         Stages([stage(10_000_001, 64, LinearGrowth(start=8), 64)], 64)
     assert Stages([stage(10**12, 64, None, 64)], 64)[0].step(10**11).first_sample == 10**11
     assert one_length(64).at(10**15) == (64, 10**15)
+
+
+@pytest.mark.parametrize("rate", [1e308, 5e-324])
+def test_any_rate_gives_a_window_of_a_row_at_most(rate: float) -> None:
+    growth = WindowGrowth(start=8, rate=rate)
+    assert [window_of(growth, 64, step) for step in (0, 10)] == [8, None if rate > 1 else 8]
+    assert window_of(WindowGrowth(start=8, rate=rate, end=32), 64, 10) == (32 if rate > 1 else 8)
+
+
+def test_a_start_is_one_of_the_lengths() -> None:
+    with pytest.raises(ValidationError, match="start=96 must be a multiple of granularity=128; try 128"):
+        LinearGrowth(start=96, granularity=128)
 
 
 def test_a_window_that_narrows_is_refused() -> None:

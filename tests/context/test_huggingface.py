@@ -336,6 +336,10 @@ def test_lengths_come_from_the_configuration_or_the_caller() -> None:
         ({"rope_parameters": {"full_attention": {}, "chunked_attention": {}}}, "chunked_attention: unknown layer type"),
         ({"rope_parameters": {"full_attention": {}, "rope_theta": 1}}, "rope_theta: unknown key beside layer types"),
         ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear"}}, "only one can be right"),
+        ({"rope_parameters": 7}, "config.json: rope_parameters=7: "),
+        ({"rope_theta": 1e4, "rope_scaling": "yarn"}, 'config.json: rope_scaling="yarn": '),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, r"rope_parameters.rope_type=\["),
+        ({"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention=3: "),
         ({"rope_parameters": {"rope_theta": "many"}}, 'rope_parameters: rotary.base="many": .* valid number'),
     ],
 )
