@@ -3,14 +3,13 @@
 import argparse
 import math
 import sys
-from dataclasses import replace
 
 from data.batches import Batches
 from data.tokenizer import build_tokenizer
 from model.size import count
 from run.config import RunConfig, load_config
 from run.demand import demand_of
-from run.device import Device, published, this_device, with_rate
+from run.device import Device, published, this_device, with_efficiency, with_rate
 from run.forecast import DocumentsOf, documents_in, forecasts, whole_rows
 from run.metrics import short
 from run.outlook import memory_rows, size_in_words, stage_rows, table
@@ -22,7 +21,7 @@ from settings import Refusal
 def main(arguments: argparse.Namespace) -> None:
     """Print parameters, stages, memory and what ranks would send; raises Refusal where the run would be refused."""
     config = load_config(arguments.config, arguments.overrides)
-    num_ranks = arguments.ranks or fewest_ranks(config)
+    num_ranks = choose_ranks(config, arguments.ranks)
     vocab_size, documents_of, looked_at = look_at_data(config, is_wanted=not arguments.no_data)
     device = choose(config, arguments)
     told = list(forecasts(config, vocab_size, num_ranks, device, documents_of))
@@ -41,6 +40,18 @@ def main(arguments: argparse.Namespace) -> None:
 def fewest_ranks(config: RunConfig) -> int:
     """The fewest ranks that divide into the groups of the configuration."""
     return math.lcm(config.parallel.expert, *config.all_row_ranks)
+
+
+def choose_ranks(config: RunConfig, wanted: int | None) -> int:
+    """As many ranks as are wanted, or the fewest; raises Refusal for a number that does not divide into the groups."""
+    fewest = fewest_ranks(config)
+    if wanted is None:
+        return fewest
+    if wanted < 1 or wanted % fewest:
+        groups = {"parallel.expert": config.parallel.expert} | {k: size for size, k in config.all_row_ranks.items()}
+        told = ", ".join(f"{key}={size}" for key, size in groups.items() if size > 1) or "no groups"
+        raise Refusal(f"--ranks {wanted}: this configuration has {told}; give {fewest} or a multiple of it")
+    return wanted
 
 
 def look_at_data(config: RunConfig, *, is_wanted: bool) -> tuple[int, DocumentsOf, str]:
@@ -66,7 +77,7 @@ def choose(config: RunConfig, arguments: argparse.Namespace) -> Device:
     else:
         here = choose_device(config.device)
         device = this_device(here, choose_dtype(config.precision, here), arguments.rate)
-    return device if arguments.efficiency is None else replace(device, efficiency=arguments.efficiency)
+    return device if arguments.efficiency is None else with_efficiency(device, arguments.efficiency)
 
 
 def parse_arguments() -> argparse.Namespace:

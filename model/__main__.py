@@ -16,10 +16,13 @@ from model.huggingface.tokenizer import FILE, tokenizer_of
 from model.huggingface.traits import Decoder
 from run.checkpoint import read_checkpoint
 from run.config import RunConfig
-from run.identity import read_recorded
+from run.identity import may_change, read_recorded
 from run.sealed import write_sealed
 from run.start import refusing
-from settings import Refusal, apply_override, to_dict, to_toml, validate
+from settings import Refusal, apply_override, differences, to_dict, to_toml, validate
+
+WEIGHTS_ARE = re.compile(r"model\b|context\.stages\.\d+\.rotary\b|data\.tokenizer\b")
+"""Keys that an import takes from the folder alone."""
 
 
 def export_run(arguments: argparse.Namespace) -> None:
@@ -53,7 +56,10 @@ def import_folder(arguments: argparse.Namespace) -> None:
 
 
 def run_config(imported: Imported, tokenizer: AnyTokenizerSettings, name: str, overrides: Sequence[str]) -> RunConfig:
-    """The configuration of an imported checkpoint: its model and rotation, and text that every machine has."""
+    """The configuration of an imported checkpoint: its model and rotation, and text that every machine has.
+
+    Raises Refusal for an override of what the weights are.
+    """
     length = imported.length
     stage = {
         "until_tokens": length,
@@ -69,9 +75,19 @@ def run_config(imported: Imported, tokenizer: AnyTokenizerSettings, name: str, o
         "data": {"tokenizer": to_dict(tokenizer), "sources": {"python": {"kind": "local_python"}}},
         "optimizer": {"kind": "adamw", "learning_rate": 1e-4},
     }
+    where = str(imported.folder)
+    plain = validate(table, RunConfig, where)
     for override in overrides:
         apply_override(table, override)
-    return validate(table, RunConfig, "imported")
+    config = validate(table, RunConfig, where)
+    # Looked for in the result: an override may replace a table that stands above a key of the weights.
+    other = [line for line in differences(plain, config) if WEIGHTS_ARE.match(line) and not may_change(line)]
+    if other:
+        raise Refusal(
+            "\n".join(f"{where}: {line}" for line in other) + "\nThat is what the weights are: leave it out here; the"
+            " stages of a run that starts from the checkpoint (initial.checkpoint) may have another rotation"
+        )
+    return config
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,10 +1,10 @@
 """The decoder: embedding, pre-norm blocks, final norm; the product with the head is left to the loss."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,12 +23,17 @@ from settings import Section
 LayerKind = Literal["full", "window", "full_nope", "window_nope"]
 """What a layer attends to; `_nope`: without a rotation, so that positions show only in what comes from other layers."""
 
+Depth = Annotated[int, Field(ge=1, le=10_000)]
+"""Layers; bounded, as they are looked at one by one before anything is built."""
+Width = Annotated[int, Field(ge=1, le=1_000_000)]
+"""Channels; bounded, so that three such numbers multiplied are still the size of a tensor."""
+
 
 class ModelSettings(Section):
     """Shape of the decoder; the vocabulary comes from the tokenizer, the rotation from the stage."""
 
-    num_layers: PositiveInt
-    width: PositiveInt
+    num_layers: Depth
+    width: Width
     attention: AnyAttentionSettings
     feed_forward_width: PositiveInt | None = None
     """Inner width of the dense feed-forward layers."""

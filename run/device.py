@@ -1,5 +1,6 @@
 """What a rank computes on, in the numbers that a plan needs: known, given, or measured in a second."""
 
+import math
 import os
 import platform
 import time
@@ -76,9 +77,16 @@ def this_device(device: torch.device, dtype: torch.dtype, rate: float | None = N
 
 def with_rate(device: Device, rate: float) -> Device:
     """The same device where a whole step reaches so many operations a second."""
-    if rate <= 0:
+    if not 0 < rate < math.inf:  # nor NaN, which is neither
         raise Refusal(f"--rate {rate:g}: give floating-point operations a second, such as 120e12")
     return replace(device, peak=rate, efficiency=1.0, source="given, of a whole step")
+
+
+def with_efficiency(device: Device, efficiency: float) -> Device:
+    """The same device where a whole step reaches this share of its best product's speed."""
+    if not 0 < efficiency <= 1:
+        raise Refusal(f"--efficiency {efficiency:g}: give a share above 0 and up to 1, such as {EFFICIENCY}")
+    return replace(device, efficiency=efficiency)
 
 
 def measured_product(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 1.0) -> float:

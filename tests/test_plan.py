@@ -21,6 +21,13 @@ TINY = Path(__file__).parent / "tiny.toml"
 TEXTS = "data.sources.words.path=words.jsonl"
 
 
+HUGE = [
+    (key, value, shown)
+    for key in ("num_layers", "width", "norm_epsilon")
+    for value, shown in (("inf", "Infinity"), ("nan", "NaN"), (f"{-(2**40)}", f"{-(2**40)}"))
+] + [(key, 2**40, 2**40) for key in ("num_layers", "width")]
+
+
 def write_documents() -> None:
     """Texts of a few words each, so that several share a row."""
     draws = random.Random(0)
@@ -98,7 +105,17 @@ def test_another_device_and_what_does_not_fit_on_it(capsys: pytest.CaptureFixtur
         (["device=cuda"], {"ranks": 1}, "no NVIDIA GPU"),
         ([], {"device": "h300"}, "--device h300"),
         ([], {"rate": 0.0}, "--rate 0"),
-        ([], {"ranks": 0, "device": "tpu"}, "--device tpu"),
+        ([], {"rate": float("nan")}, "--rate nan"),
+        ([], {"rate": float("inf")}, "--rate inf"),
+        ([], {"device": "tpu"}, "--device tpu"),
+        *(([f"model.{key}={value}"], {}, rf"model.{key}={shown}: ") for key, value, shown in HUGE),
+        *(([], {"ranks": ranks}, f"--ranks {ranks}: .* no groups; give 1 or") for ranks in (0, -2)),
+        (["parallel.context=2"], {"ranks": 3}, "--ranks 3: .* has parallel.context=2; give 2 or a multiple of it"),
+        (["parallel.expert=4", "context.stages.1.context=2"], {"ranks": 2}, r"--ranks 2: .*expert=4, .*=2; give 4"),
+        *(
+            ([], {"efficiency": share}, "--efficiency .*above 0 and up to 1")
+            for share in (5.0, 0.0, -1.0, float("nan"))
+        ),
     ],
 )
 def test_what_a_run_would_refuse_is_refused(

@@ -194,13 +194,19 @@ def config_of(d: Decoder, vocab_size: int, length: int, end_of_text: int) -> Tab
 def decoder_of(config: Config) -> tuple[Architecture, Decoder]:
     """The architecture that a config.json names and the decoder that it is.
 
-    Raises Refusal naming an architecture that is not in the table, or a key with a value that we have no place for.
+    config: as `read_config` gives it. Raises Refusal naming an architecture that is not in the table, or a key with a
+    value that we have no place for.
     """
     named = given(config, "architectures", [])
     if len(named) != 1 or named[0] not in BY_NAME:
         known = nearest(named[0] if len(named) == 1 else "", list(BY_NAME))
         raise Refusal(f"config.json: architectures={named}: not one of those that can be read{known}")
     chosen = BY_NAME[named[0]]
+    if config.get("model_type", chosen.model_type) != chosen.model_type:
+        raise Refusal(
+            f"config.json: model_type={config['model_type']!r}, but architectures={named} is {chosen.model_type!r};"
+            " transformers goes by the type: mend the one that is wrong"
+        )
     table = _merged(aspect.read(config) for aspect in chosen.aspects)
     if "moe" not in table:
         table.pop("num_dense_layers", None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from data.tokenizer import AnyTokenizerSettings
 from model.huggingface.architectures import choose, config_of, decoder_of
 from model.huggingface.aspects import Config, given
-from model.huggingface.files import SHARD_BYTES, Weights, read_config, write_weights, written_beside
+from model.huggingface.files import SHARD_BYTES, Weights, naming, read_config, write_weights, written_beside
 from model.huggingface.tensors import Layout, layout_of
 from model.huggingface.tokenizer import tokenizer_files
 from model.huggingface.traits import Decoder, without_unused
@@ -22,6 +22,7 @@ from settings import Refusal
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TABLES = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 """What old files have besides weights: tables that follow from the configuration."""
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,12 @@ def export(  # noqa: PLR0917 (what, whence, whereto, and how)
     decoder = without_unused(decoder)
     architecture = choose(decoder)
     config = config_of(decoder, len(weights["embedding.weight"]), origin.length, origin.end_of_text)
+    texts = tokenizer_files(origin.tokenizer, origin.length)
+    texts["config.json"] = json.dumps({**config, "dtype": dtype}, indent=2) + "\n"
     layout = layout_of(architecture, decoder.settings)
     with written_beside(out) as folder:
         write_weights(folder, layout.export(weights), DTYPES[dtype], most)
-        texts = {"config.json": json.dumps({**config, "dtype": dtype}, indent=2) + "\n"}
-        for name, text in (texts | tokenizer_files(origin.tokenizer, origin.length)).items():
+        for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
     return architecture.name
 
@@ -58,6 +60,7 @@ def export(  # noqa: PLR0917 (what, whence, whereto, and how)
 class Imported:
     """What a Hugging Face folder holds, as ours."""
 
+    folder: Path
     decoder: Decoder
     weights: dict[str, Tensor]
     """As `Transformer.load_state_dict` takes them: fp32, on the CPU."""
@@ -72,10 +75,12 @@ def read_folder(folder: Path, say: Callable[[str], None] = lambda line: None) ->
     many or of another shape.
     """
     config = read_config(folder)
-    architecture, decoder = decoder_of(config)
-    vocab_size = given(config, "vocab_size")
-    layout = layout_of(architecture, decoder.settings)
+    with naming(folder):
+        architecture, decoder = decoder_of(config)
+        vocab_size, length = given(config, "vocab_size"), given(config, "max_position_embeddings")
     files = Weights(folder)
+    _refuse_other_depth(config, files)
+    layout = layout_of(architecture, decoder.settings)
     ours = build_model(decoder.settings, vocab_size).state_dict()
     left = _left_behind(decoder, files)
     if left:
@@ -85,21 +90,38 @@ def read_folder(folder: Path, say: Callable[[str], None] = lambda line: None) ->
     strange = [name for name in layout.zeros if files.read(name).count_nonzero()]
     if strange:
         raise Refusal(f"{folder}: config.json says that there is no selection bias, but {strange[0]} is not 0")
-    return Imported(decoder, weights, config, given(config, "max_position_embeddings"))
+    return Imported(folder, decoder, weights, config, length)
+
+
+def _refuse_other_depth(config: Config, files: Weights) -> None:
+    """Refuse layers that are too few or too many, before a model of so many is made.
+
+    Of those past the last only the ones that look more than a token ahead may be there.
+    """
+    depth, ahead = config["num_hidden_layers"], config.get("num_nextn_predict_layers") or 0
+    found = 1 + max((layer for name in files.shapes if (layer := _layer(name)) is not None), default=-1)
+    if not depth <= found <= depth + ahead:
+        raise Refusal(
+            f"{files.folder}: the files have {found} layers, but config.json says num_hidden_layers={depth} and"
+            f" num_nextn_predict_layers={ahead}; mend config.json, or give the folder that these files belong to"
+        )
+
+
+def _layer(name: str) -> int | None:
+    found = LAYER.match(name)
+    return None if found is None else int(found[1])
 
 
 def _left_behind(decoder: Decoder, files: Weights) -> list[str]:
     """Tensors that their model does not use to predict the next token: tables, a second copy, more tokens ahead."""
-    layers = re.compile(r"model\.layers\.(\d+)\.")
     names = [name for name in files.shapes if TABLES.fullmatch(name)]
-    if decoder.settings.tied_embeddings and "lm_head.weight" in files.shapes:
+    if decoder.settings.tied_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= files.shapes.keys():
         if not torch.equal(files.read("lm_head.weight"), files.read("model.embed_tokens.weight")):
             raise Refusal(
                 f"{files.folder}: config.json says tie_word_embeddings, but lm_head.weight is not the embedding"
             )
         names.append("lm_head.weight")
-    ahead = ((name, layers.match(name)) for name in files.shapes)
-    return names + [name for name, found in ahead if found and int(found[1]) >= decoder.settings.num_layers]
+    return names + [name for name in files.shapes if (_layer(name) or 0) >= decoder.settings.num_layers]
 
 
 def _refuse_other_tensors(

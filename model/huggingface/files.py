@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from settings import Refusal, Table
+from model.huggingface.keys import Keys
+from settings import Refusal, Table, validate
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -45,16 +46,31 @@ class Weights:
             raise Refusal(f"{folder / INDEX}: names tensors that are not where it says: {', '.join(lost[:5])}")
 
     def read(self, name: str) -> Tensor:
-        """One tensor in fp32, on the CPU."""
-        with _opened(self.folder / self._file_of[name]) as tensors:
-            return tensors.get_tensor(name).float()
+        """One tensor in fp32, on the CPU; raises Refusal where a number of it is NaN or infinite."""
+        path = self.folder / self._file_of[name]
+        with _opened(path) as tensors:
+            tensor = tensors.get_tensor(name).float()
+        if not tensor.isfinite().all():
+            raise Refusal(f"{path}: {name} holds numbers that are NaN or infinite; take another copy of these weights")
+        return tensor
 
 
 def read_config(folder: Path) -> Table:
-    """config.json of a folder."""
+    """config.json of a folder, with every key of the type that it has; raises Refusal naming those that are not."""
     if not folder.is_dir():
         raise Refusal(f"{folder}: no such folder; give one that holds config.json and {WEIGHTS}")
-    return _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    validate(config, Keys, str(folder / "config.json"))
+    return config
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Put the folder before what a refusal says of its config.json."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise Refusal("\n".join(f"{folder}: {line}" for line in str(refusal).splitlines())) from None
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, most: int) -> None:
@@ -115,7 +131,7 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, most: int
 def _index_of(folder: Path) -> Mapping[str, str]:
     """Which file each tensor is in; empty where one file has them all."""
     if (folder / INDEX).is_file():
-        table = _read_json(folder / INDEX).get("weight_map")
+        table = read_json(folder / INDEX).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
             raise Refusal(f"{folder / INDEX}: has no weight_map from tensors to files")
         outside = sorted(
@@ -133,12 +149,13 @@ def _index_of(folder: Path) -> Mapping[str, str]:
     return {}
 
 
-def _read_json(path: Path) -> Table:
+def read_json(path: Path) -> Table:
+    """A JSON object; raises Refusal where the file is none."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise Refusal(f"{path}: no such file; give a folder that transformers has written") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Refusal(f"{path}: cannot be read: {error}") from None
     if not isinstance(table, dict):
         raise Refusal(f"{path}: is no JSON object")

@@ -7,9 +7,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from data.integers import IntegersSettings
-from data.published import PublishedSettings
+from data.published import PublishedSettings, read_file
 from data.tokenizer import END_OF_TEXT, AnyTokenizerSettings, ByteSettings, build_tokenizer
 from model.huggingface.aspects import Config, given
+from model.huggingface.files import naming, read_json
 from settings import Refusal, Table
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -22,7 +23,10 @@ def tokenizer_files(settings: AnyTokenizerSettings, length: int) -> dict[str, st
     tokenizer that is not for text.
     """
     if isinstance(settings, IntegersSettings):
-        raise Refusal('data.tokenizer.kind="integers" reads no text: nothing that transformers would take for it')
+        raise Refusal(
+            'data.tokenizer.kind="integers" reads no text, so that no tokenizer.json could say the same; what it was'
+            " trained on is asked here: python -m evals RUN"
+        )
     text = byte_tokenizer() if isinstance(settings, ByteSettings) else Path(settings.file).read_text(encoding="utf-8")
     end_of_text = settings.end_of_text if isinstance(settings, PublishedSettings) else END_OF_TEXT
     config = {
@@ -54,13 +58,11 @@ def _letters() -> list[str]:
 
 def tokenizer_of(folder: Path, config: Config) -> tuple[ByteSettings | PublishedSettings, str | None]:
     """Settings for a folder's tokenizer, and the text of the file that they name, if they name one. Raises Refusal."""
-    vocab_size = given(config, "vocab_size")
-    try:
-        text = (folder / FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise Refusal(
-            f"{folder}: has no {FILE}; AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one"
-        ) from None
+    with naming(folder):
+        vocab_size = given(config, "vocab_size")
+    if not (folder / FILE).is_file():
+        raise Refusal(f"{folder}: has no {FILE}; AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one")
+    text, _ = read_file(folder / FILE)
     if vocab_size == 257 and text == byte_tokenizer():
         return ByteSettings(), None
     end_of_text = _end_of_text(folder, config, text)
@@ -72,13 +74,14 @@ def tokenizer_of(folder: Path, config: Config) -> tuple[ByteSettings | Published
 def _end_of_text(folder: Path, config: Config, text: str) -> str:
     """The token that ends a text: by its name, or by its id."""
     path = folder / CONFIG
-    table: Table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    table: Table = read_json(path) if path.is_file() else {}
     named = table.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
     if named is None:
-        number = config.get("eos_token_id")
-        number = number[0] if isinstance(number, list) else number
+        numbers = config.get("eos_token_id")
+        numbers = numbers if isinstance(numbers, list) else [numbers]
+        number = next(iter(numbers), None)
         named = None if number is None else tokenizers.Tokenizer.from_str(text).id_to_token(number)
-    if named is None:
+    if not isinstance(named, str):
         raise Refusal(f"{folder}: neither {CONFIG} nor config.json says which token ends a text; set eos_token there")
     return named

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from context.rotary import DefaultRotary, LongRotary, ProportionalRotary, RotaryMap, YarnRotary
+from data.integers import IntegersSettings
 from data.tokenizer import ByteSettings
 from model.huggingface import convert
 from model.huggingface.architectures import choose
@@ -241,12 +242,21 @@ def test_half_precision_is_rounded_and_said(model, tmp_path):
 
 
 def test_an_export_that_breaks_off_leaves_nothing(model, tmp_path, monkeypatch):
-    def breaks(*_):
+    def breaks(folder, *_):
+        (folder / "shard-0").write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, "tokenizer_files", breaks)
+    monkeypatch.setattr(convert, "write_weights", breaks)
     with pytest.raises(OSError, match="No space"):
         export_to(model, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_reads_no_text_is_refused_before_weights_are_written(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "write_weights", None)
+    origin = Origin(48, IntegersSettings(size=257), 256)
+    with pytest.raises(Refusal, match=r'kind="integers" reads no text, .*: python -m evals RUN'):
+        export(Decoder(model.settings, model.rotary.spec), model.state_dict(), origin, tmp_path / "out", "float32")
     assert not any(tmp_path.iterdir())
 
 

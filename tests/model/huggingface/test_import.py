@@ -238,8 +238,10 @@ def test_what_predicts_nothing_is_left_behind_and_said(copy):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
         tensors["model.layers.3.mlp.gate_proj.weight"] = torch.ones(4, 4)
 
+    copy.tensors(change)
+    refused(copy.folder, "the files have 4 layers, but config.json says num_hidden_layers=3")
     said: list[str] = []
-    after = read_folder(copy.tensors(change), said.append).weights
+    after = read_folder(copy.config(num_nextn_predict_layers=1), said.append).weights
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert len(said) == 1 and "rotary_emb.inv_freq" in said[0] and "model.layers.3.mlp" in said[0]
 

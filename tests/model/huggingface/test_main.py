@@ -126,6 +126,36 @@ def test_a_tokenizer_of_their_own_comes_along(run, tmp_path):
         read_checkpoint(tmp_path / "back")
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.norm_epsilon=1e-3", "model.norm_epsilon"),
+        ("model.tied_embeddings=true", "model.tied_embeddings"),
+        ("context.stages.0.rotary.factor=8.0", "context.stages.0.rotary.factor"),
+        (
+            "context={ stages = [{ until_tokens = 128, sequence_length = 128, rotary = { kind = 'none' } }] }",
+            "context.stages.0.rotary",
+        ),
+        ("data.tokenizer={ kind = 'integers', size = 257 }", "data.tokenizer.kind"),
+    ],
+)
+def test_what_the_weights_are_cannot_be_given(override, key, run, tmp_path):
+    door("export", run, tmp_path / "hf")
+    with pytest.raises(
+        Refusal, match=rf"(?s)hf: {re.escape(key)}.* -> .*what the weights are: leave it out"
+    ) as refusal:
+        door("import", tmp_path / "hf", tmp_path / "back", override)
+    assert "initial.checkpoint" in str(refusal.value) and not (tmp_path / "back").exists()
+
+
+def test_what_weights_do_not_decide_can_be_given(run, tmp_path):
+    door("export", run, tmp_path / "hf")
+    changes = ["name=other", "context.stages.0.sequence_length=64", "optimizer.learning_rate=0.5", "seed=3"]
+    door("import", tmp_path / "hf", tmp_path / "back", *changes)
+    config = read_recorded(read_checkpoint(tmp_path / "back")[1], RunConfig, "back")
+    assert (config.name, config.stages[0].sequence_length, config.seed) == ("other", 64, 3)
+
+
 def test_what_is_there_is_not_written_over(run, tmp_path):
     door("export", run, tmp_path / "hf")
     (tmp_path / "back").mkdir()

@@ -83,5 +83,15 @@ def test_what_cannot_be_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text(byte_tokenizer())
     with pytest.raises(Refusal, match="has ids up to 256, the model 200"):
         tokenizer_of(tmp_path, {"vocab_size": 200, "eos_token_id": 256})
+    for text in ("{", "[]", '{"eos_token": 7}', '{"eos_token": {"content": ["a"]}}'):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        with pytest.raises(Refusal, match=r"tokenizer_config.json"):
+            tokenizer_of(tmp_path, {"vocab_size": 300, "eos_token_id": 256})
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(Refusal, match="says which token ends a text"):
+        tokenizer_of(tmp_path, {"vocab_size": 300, "eos_token_id": []})
+    (tmp_path / "tokenizer.json").write_text('{"model": 7}')
+    with pytest.raises(Refusal, match=r"tokenizer.json: is no tokenizer"):
+        tokenizer_of(tmp_path, {"vocab_size": 300, "eos_token_id": 256})
     with pytest.raises(Refusal, match='kind="integers" reads no text'):
         tokenizer_files(IntegersSettings(size=16), 48)
