@@ -45,7 +45,8 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
         batches.check(demand_of(step, batches))
         rows_of_step(config, step, run.num_groups(step.stage))
     materials = Materials(batches.tokenizer, batches.all_held_out(), run.device, run.autocast, ranks=run.askers)
-    check_suite(config.evals, materials)
+    for line in check_suite(config.evals, materials):
+        run.say(line)
     origin = find_origin(run, batches.fingerprint)
     tell_plan(batches, stages, run)
     model = build_model(config.model, batches.tokenizer.vocab_size)

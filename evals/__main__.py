@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import sys
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,13 +27,17 @@ from evals.suite import TASKS, run_suite
 from evals.table import table_of
 from evals.terminal import show
 from model.initialize import initialize
-from model.transformer import Transformer, build_model
+from model.transformer import ModelSettings, Transformer, build_model
+from moe.choice import ExpertChoiceSettings
 from run.checkpoint import read_checkpoint
 from run.config import RunConfig
 from run.identity import read_recorded
 from run.metrics import plain
 from run.start import choose_device, choose_dtype, refusing
 from settings import Refusal, Section, apply_override, to_dict, validate
+
+CELLS = "evals.jsonl"
+"""A row a cell."""
 
 
 class RotaryChoice(Section):
@@ -59,14 +64,18 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.list:
         print("\n".join(describe_tasks()))
         return
+    if arguments.out is not None:
+        check_out(arguments.out, CELLS)
+    tasks = None if arguments.tasks is None else read_names(arguments.tasks, "--tasks")
+    lengths = None if arguments.lengths is None else read_lengths(arguments.lengths)
     loaded = load_checkpoint(arguments.checkpoint, arguments.device, arguments.at_eval)
     if arguments.rotary is not None:
         loaded.model.use_rotary(read_rotary(arguments.rotary))
     trained = loaded.stage.sequence_length
-    settings, left_out = choose(loaded.config.evals, trained, loaded.materials, arguments.tasks, arguments.lengths)
+    settings, left_out = choose(loaded.config.evals, trained, loaded.materials, tasks, lengths)
     for line in left_out:
         print(line)
-    cells = run_suite(loaded.model, settings, loaded.materials)
+    cells = run_suite(loaded.model, settings, loaded.materials, say=print)
     title = f"{loaded.config.name} at step {loaded.step:,}" + (f", {arguments.rotary}" if arguments.rotary else "")
     grids = grids_of(cells, title, trained)
     describe(cells, grids.values())
@@ -82,6 +91,7 @@ def load_checkpoint(path: Path, device_name: str, at_eval: str | None = None) ->
     state, config_toml, weights = read_checkpoint(path)
     config = read_recorded(config_toml, RunConfig, f"{path}: config.toml")
     if at_eval is not None:
+        refuse_token_choosers(config.model, at_eval)
         table = to_dict(config)
         apply_override(table, f"model.moe.router.at_eval={at_eval}")
         config = validate(table, RunConfig, "--at-eval")
@@ -96,6 +106,47 @@ def load_checkpoint(path: Path, device_name: str, at_eval: str | None = None) ->
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     materials = Materials(batches.tokenizer, batches.all_held_out(), device, autocast)
     return Loaded(model, config, materials, stage, state["step"], state["tokens"])
+
+
+def refuse_token_choosers(model: ModelSettings, at_eval: str) -> None:
+    """Refuse --at-eval for a model whose tokens choose their experts already, or that has none."""
+    router = None if model.moe is None else model.moe.router
+    if not isinstance(router, ExpertChoiceSettings):
+        found = "this model is dense" if router is None else f"this one is {router.kind!r}"
+        raise Refusal(f"--at-eval {at_eval}: is for a router of kind 'expert_choice', and {found}; leave it out")
+
+
+def check_out(folder: Path, name: str) -> None:
+    """Refuse, before the model is asked, a folder that `name` cannot be written to without loss."""
+    nearest = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not nearest.is_dir():
+        raise Refusal(f"--out {folder}: {nearest} is there and is no folder; give another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise Refusal(f"--out {folder}: nothing may be written in {nearest}; give another one")
+    if (folder / "config.toml").exists() or (folder / "checkpoints").exists():
+        raise Refusal(f"--out {folder}: holds a run or a checkpoint; give a folder of its own, such as {folder}-evals")
+    if os.path.lexists(folder / name):
+        raise Refusal(f"--out {folder}: {name} is there already; give another folder, or move that file away")
+
+
+def read_names(text: str, option: str) -> list[str]:
+    """What stands between commas. Raises Refusal for nothing, which is not the same as leaving the option out."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise Refusal(f"{option} {text!r}: names nothing; write names with commas between them, or leave it out")
+    return names
+
+
+def read_lengths(text: str) -> list[int]:
+    """Lengths in tokens, each once."""
+    names = read_names(text, "--lengths")
+    wrong = [name for name in names if not name.isdecimal() or int(name) < 1]
+    if wrong:
+        raise Refusal(f"--lengths {text!r}: {wrong[0]!r} is no length; write tokens, 1 or more, as in 128,512")
+    lengths = [int(name) for name in names]
+    if len(set(lengths)) < len(lengths):
+        raise Refusal(f"--lengths {text!r}: the same length stands twice; give each once")
+    return lengths
 
 
 def read_rotary(text: str) -> AnyRotary:
@@ -123,11 +174,11 @@ def write(folder: Path, cells: Sequence[Cell], grids: Mapping[str, Grid], loaded
     folder.mkdir(parents=True, exist_ok=True)
     where = {"stage": loaded.stage.index, "trained_length": loaded.stage.sequence_length}
     rows = [json.dumps(plain(cell.row(loaded.step, loaded.tokens) | where), allow_nan=False) for cell in cells]
-    (folder / "evals.jsonl").write_text("".join(row + "\n" for row in rows))
+    (folder / CELLS).write_text("".join(row + "\n" for row in rows))
     pictures = pictures_of(cells, grids, loaded.stage.sequence_length)
     for name, content in pictures.items():
         (folder / name).write_bytes(content)
-    print("written: " + ", ".join(str(folder / name) for name in ("evals.jsonl", *pictures)))
+    print("written: " + ", ".join(str(folder / name) for name in (CELLS, *pictures)))
 
 
 def describe_tasks() -> list[str]:
@@ -144,9 +195,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "checkpoint", type=Path, nargs="?", help="a run's folder or one of its checkpoints/step_... folders"
     )
-    parser.add_argument("--tasks", type=_names, help=f"comma-separated, of: {', '.join(TASKS)}")
+    parser.add_argument("--tasks", help=f"comma-separated, of: {', '.join(TASKS)}")
     parser.add_argument("--list", action="store_true", help="say what the tasks ask, and exit")
-    parser.add_argument("--lengths", type=_numbers, help="comma-separated lengths in tokens")
+    parser.add_argument("--lengths", help="comma-separated lengths in tokens")
     parser.add_argument("--rotary", help="another rotation for the same weights: '{ kind = \"yarn\", ... }'")
     parser.add_argument("--at-eval", choices=("token_choice",), help="how an expert-choice router routes here")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -155,14 +206,6 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     if arguments.checkpoint is None and not arguments.list:
         parser.error("give a checkpoint, or --list")
     return arguments
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in _names(text)]
 
 
 if __name__ == "__main__":

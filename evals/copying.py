@@ -1,5 +1,7 @@
 """Copying by lag: random tokens that come a second time are predicted as far back as the model can look."""
 
+from typing import Annotated
+
 import numpy as np
 from pydantic import Field, PositiveInt
 from torch import nn
@@ -8,17 +10,20 @@ from data.order import counted, derive
 from data.synthetic.copying import check_copy, repeated_blocks
 from evals.alphabet import alphabet, written_in
 from evals.answers import answer_rows
+from evals.lengths import DISTINCT, check_lengths
 from evals.scoring import Cell, Materials
 from settings import Section
 
 COMMON = 64
 """Tokens that blocks are made of, unless said: enough that a few of them name a place in a block."""
+SHORTEST = 2
+"""Tokens in a block."""
 
 
 class CopyingSettings(Section):
-    lags: tuple[PositiveInt, ...] = Field(min_length=1)
+    lags: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
     """Tokens in a block; a row is a block and, right behind it, its copy."""
-    vocabulary: PositiveInt | None = None
+    vocabulary: int | None = Field(default=None, ge=4)
     """Different tokens; left out, the 64 most frequent, or as many as there are."""
     samples: PositiveInt = 20
     """Rows of each lag."""
@@ -26,7 +31,9 @@ class CopyingSettings(Section):
 
 def check(settings: CopyingSettings, materials: Materials) -> None:
     """Refuse blocks too short to copy, and a vocabulary that the tokenizer does not give."""
-    check_copy(min(settings.lags), len(_alphabet(settings, materials)))
+    why = "a copy's first token is not asked, so that a row, which is two blocks, has 4 tokens at least"
+    check_lengths("evals.copying.lags", settings.lags, SHORTEST, why)
+    check_copy(SHORTEST, len(_alphabet(settings, materials)))
 
 
 def run(model: nn.Module, settings: CopyingSettings, materials: Materials, seed: int) -> list[Cell]:

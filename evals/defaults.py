@@ -29,21 +29,34 @@ def tables_around(trained: int, materials: Materials) -> dict[str, Table]:
         "long_ppl": window,
         "mqar": {"lengths": [trained + trained % 2]},
         "induction": {"lengths": lengths},
-        "copying": {"lags": [max(2, length // 2) for length in lengths]},
+        "copying": {"lags": sorted({max(2, length // 2) for length in lengths})},
         "k_shot_copy": {},
         "routing": window,
         "routing_positions": window,
     }
 
 
-def with_lengths(table: Table, lengths: Sequence[int]) -> Table:
-    """The table at other lengths of its rows: all of them, or the longest where it has one."""
+def with_lengths(name: str, table: Table, lengths: Sequence[int]) -> tuple[Table, list[str]]:
+    """A task's table at other lengths of its rows, all of them; and a line where it cannot have them all, as it has
+    one length or none. Raises Refusal for a length that no row of the task has."""
+    odd = [length for length in lengths if length % 2]
+    if "lags" in table and odd:
+        raise Refusal(
+            f"--lengths {odd[0]} is odd, but a row of {name} is a block and its copy; use {max(odd[0] + 1, 4)}"
+        )
     ways: dict[str, Any] = {
         "lengths": sorted(lengths),
         "length": max(lengths),
-        "lags": sorted({length // 2 for length in lengths}),
+        "lags": sorted(length // 2 for length in lengths),
     }
-    return table | {key: ways[key] for key in ways if key in table}
+    changes = {key: ways[key] for key in ways if key in table}
+    lines: list[str] = []
+    if not changes:
+        lines = [f"{name} has no lengths: it is asked as it is, whatever --lengths says"]
+    elif "length" in changes and len(lengths) > 1:
+        others = ", ".join(str(length) for length in sorted(lengths)[:-1])
+        lines = [f"{name} has one length: it is asked at {max(lengths)}, and not at {others}"]
+    return table | changes, lines
 
 
 def choose(
@@ -51,25 +64,30 @@ def choose(
 ) -> tuple[EvalsSettings, list[str]]:
     """What to ask: the configuration's own tasks or those named, at their own lengths or those named.
 
-    Also returned is a line for each task left out. None is that was named; where neither the configuration nor the
-    command names any, all are asked that this text and length allow.
+    Also returned is a line for each task, or length of one, that is left out. No task is that was named; where neither
+    the configuration nor the command names any, all are asked that this text and length allow.
     """
     table, around = to_dict(own), tables_around(trained, materials)
     named = list(tasks or tasks_of(own))
-    asked = named or [name for name in TASKS if name not in SLOW]
-    for name in asked:
-        if name in around:
-            table.setdefault(name, around[name])
-            table[name] = with_lengths(table[name], lengths) if lengths else table[name]
-    if named:
-        return validate(table | {"tasks": asked}, EvalsSettings, "evals"), []
-    possible, left_out = [], []
-    for name in asked:
+    possible: list[str] = []
+    left_out: list[str] = []
+    for name in named or [name for name in TASKS if name not in SLOW]:
+        if name not in TASKS:
+            continue  # refused below, with the nearest name
+        given: Table = table.pop(name, around[name])
+        lines: list[str] = []
         try:
-            alone = validate({name: table[name]}, EvalsSettings, "evals")
-            TASKS[name].check(getattr(alone, name), materials)
-            possible.append(name)
+            if lengths:
+                given, lines = with_lengths(name, given, lengths)
+            if not named:
+                alone = validate({name: given}, EvalsSettings, "evals")
+                TASKS[name].check(getattr(alone, name), materials)
         except Refusal as refusal:
+            if named:
+                raise
             left_out.append(f"{name} is left out: {refusal}")
-            del table[name]
-    return validate(table | {"tasks": possible}, EvalsSettings, "evals"), left_out
+        else:
+            table[name] = given
+            possible.append(name)
+            left_out += lines
+    return validate(table | {"tasks": named or possible}, EvalsSettings, "evals"), left_out

@@ -1,27 +1,23 @@
 """Bits per byte of held-out text: how well each source is predicted from a window of so many tokens."""
 
-from pydantic import Field, PositiveInt, field_validator
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
 from torch import nn
 
+from evals.lengths import DISTINCT
 from evals.scoring import Cell, Materials, score_rows, sources_of
 from evals.windows import read, spread, sum_up, tile
 from settings import Refusal, Section
 
 
 class HeldOutSettings(Section):
-    lengths: tuple[PositiveInt, ...] = Field(min_length=1)
+    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
     """Tokens in a window; nothing before its window is seen."""
-    sources: tuple[str, ...] = ()
+    sources: Annotated[tuple[str, ...], DISTINCT] = ()
     """Which sources are read; left out, all that have held-out text."""
     tokens: PositiveInt = 32_768
     """At most so many tokens are read of each source at each length."""
-
-    @field_validator("lengths", "sources")
-    @classmethod
-    def check_distinct(cls, values: tuple[int | str, ...]) -> tuple[int | str, ...]:
-        if len(set(values)) < len(values):
-            raise ValueError("the same entry stands twice; give each once")
-        return values
 
 
 def check(settings: HeldOutSettings, materials: Materials) -> None:

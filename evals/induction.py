@@ -1,21 +1,24 @@
 """Induction heads by length: what followed the only other mark of a row of random tokens (Mamba, table 11)."""
 
+from typing import Annotated
+
 import numpy as np
 from pydantic import Field, PositiveInt
 from torch import nn
 
 from data.order import counted, derive
-from data.synthetic.induction import induction_samples
+from data.synthetic.induction import SHORTEST, induction_samples
 from evals.alphabet import alphabet, written_in
 from evals.answers import answer_rows
+from evals.lengths import DISTINCT, check_lengths
 from evals.scoring import Cell, Materials
 from settings import Section
 
 
 class InductionSettings(Section):
-    lengths: tuple[PositiveInt, ...] = Field(min_length=1)
+    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
     """Tokens in a row, both marks included."""
-    vocabulary: PositiveInt = 16
+    vocabulary: int = Field(default=16, ge=SHORTEST)
     """Different tokens, the mark among them."""
     samples: PositiveInt = 100
     """Rows of each length."""
@@ -24,7 +27,8 @@ class InductionSettings(Section):
 def check(settings: InductionSettings, materials: Materials) -> None:
     """Refuse a row without room, and a vocabulary that the tokenizer does not give."""
     alphabet(materials, settings.vocabulary, "evals.induction.vocabulary")
-    induction_samples(np.empty(0, dtype=np.uint64), min(settings.lengths), settings.vocabulary)
+    why = "the mark stands twice, and what follows it once"
+    check_lengths("evals.induction.lengths", settings.lengths, SHORTEST, why)
 
 
 def run(model: nn.Module, settings: InductionSettings, materials: Materials, seed: int) -> list[Cell]:

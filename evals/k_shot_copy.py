@@ -1,5 +1,7 @@
 """Copying by example: how many copied blocks a model must see before it copies the next one."""
 
+from typing import Annotated
+
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import nn
@@ -8,17 +10,18 @@ from data.order import counted, derive
 from data.synthetic.copying import check_copy, copy_by_example
 from evals.alphabet import alphabet, written_in
 from evals.answers import answer_rows
-from evals.copying import COMMON
+from evals.copying import COMMON, SHORTEST
+from evals.lengths import DISTINCT
 from evals.scoring import Cell, Materials
 from settings import Section
 
 
 class KShotCopySettings(Section):
-    shots: tuple[NonNegativeInt, ...] = Field(default=(0, 1, 2, 4, 8), min_length=1)
+    shots: Annotated[tuple[NonNegativeInt, ...], DISTINCT] = Field(default=(0, 1, 2, 4, 8), min_length=1)
     """Copied blocks before the one that is asked."""
-    block: PositiveInt = 8
+    block: int = Field(default=8, ge=SHORTEST)
     """Tokens in a block."""
-    vocabulary: PositiveInt | None = None
+    vocabulary: int | None = Field(default=None, ge=4)
     """Different tokens, two of them marks; left out, the 64 most frequent, or as many as there are."""
     samples: PositiveInt = 50
     """Rows of each number of shots."""

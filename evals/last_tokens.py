@@ -1,11 +1,14 @@
 """What the beginning of a document is worth: the loss of the same last tokens, seen with less and with more before."""
 
+import math
 from fractions import Fraction
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, PositiveInt, field_validator, model_validator
 from torch import nn
 
+from evals.lengths import DISTINCT
 from evals.long_documents import long_windows, sources_with_long_documents
 from evals.scoring import Cell, Materials, Rows, score_rows
 from evals.windows import Loss, sum_up
@@ -20,7 +23,7 @@ class LastTokensSettings(Section):
     """So many tokens at the window's end are predicted; left out, an eighth of it."""
     shares: tuple[float, ...] = Field(default=(0.25, 0.5, 1.0), min_length=1)
     """Of the window, its end: so much of it is seen, a cell each."""
-    sources: tuple[str, ...] = ()
+    sources: Annotated[tuple[str, ...], DISTINCT] = ()
     """Which sources are read; left out, all that hold a document long enough."""
     tokens: PositiveInt = 65_536
     """At most so many tokens are read of each source in whole windows."""
@@ -34,11 +37,17 @@ class LastTokensSettings(Section):
 
     @model_validator(mode="after")
     def check_last(self) -> "LastTokensSettings":
-        shortest = int(min(self.shares) * self.length)
-        if num_last(self) > shortest or num_last(self) < 1:
+        share = Fraction(min(self.shares))
+        shortest = int(share * self.length)
+        if shortest < 1:
+            raise ValueError(
+                f"length={self.length} does not fit: the shortest window, {min(self.shares)} of it, holds no token; "
+                f"use {math.ceil(1 / share)} or more"
+            )
+        if num_last(self) > shortest:
             raise ValueError(
                 f"last={num_last(self)} tokens do not fit the shortest window, {min(self.shares)} of "
-                f"length={self.length}; use {max(shortest, 1)} or fewer"
+                f"length={self.length}; use {shortest} or fewer"
             )
         return self
 

@@ -7,12 +7,14 @@ that it holds `short` tokens or up to `stride` - 1 more.
 """
 
 import math
+from typing import Annotated
 
 import numpy as np
 from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
 from evals.intervals import fields, ratio_interval
+from evals.lengths import DISTINCT
 from evals.long_documents import long_windows, sources_with_long_documents
 from evals.scoring import Cell, Materials, Rows, score_rows
 from model.loss import IGNORED
@@ -30,7 +32,7 @@ class LongPplSettings(Section):
     """Nats by which the long context must raise the log-probability of a key token."""
     least_logprob: float = -2.0
     """What the log-probability of a key token must exceed with the long context."""
-    sources: tuple[str, ...] = ()
+    sources: Annotated[tuple[str, ...], DISTINCT] = ()
     """Which sources are read; left out, all that hold a document long enough."""
     tokens: PositiveInt = 32_768
     """At most so many tokens are read of each source in whole windows; truncated ones cost about 4 times as much."""
@@ -38,7 +40,9 @@ class LongPplSettings(Section):
     @model_validator(mode="after")
     def check_short(self) -> "LongPplSettings":
         if num_short(self) >= self.length:
-            raise ValueError(f"short={num_short(self)} must be less than length={self.length}")
+            raise ValueError(
+                f"short={num_short(self)} must be less than length={self.length}; use length={num_short(self) + 1}"
+            )
         return self
 
 

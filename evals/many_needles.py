@@ -7,15 +7,16 @@ multi_value  one key with many values, asked for in the order in which they stan
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from data.order import derive
 from data.recall import NeedleMaker, needle_grid
 from evals.intervals import bounds
+from evals.lengths import DISTINCT, check_lengths
 from evals.scoring import Cell, Materials, Rows, score_rows, sources_of
 from model.loss import IGNORED
 from settings import Refusal, Section
@@ -24,24 +25,19 @@ Form = Literal["multi_key", "multi_query", "multi_value"]
 
 
 class ManyNeedlesSettings(Section):
-    lengths: tuple[PositiveInt, ...] = Field(min_length=1)
+    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
     """Tokens in a sample, questions and answers included."""
     haystack: str
     """The source whose held-out text hides the needles."""
-    forms: tuple[Form, ...] = Field(default=("multi_key", "multi_query", "multi_value"), min_length=1)
+    forms: Annotated[tuple[Form, ...], DISTINCT] = Field(
+        default=("multi_key", "multi_query", "multi_value"), min_length=1
+    )
     needles: int = Field(default=4, ge=2)
     """Needles in each haystack, at depths drawn at random."""
     samples: PositiveInt = 20
     """Samples of each form and length."""
     key_letters: PositiveInt = 2
     value_digits: PositiveInt = 4
-
-    @field_validator("lengths", "forms")
-    @classmethod
-    def check_distinct(cls, values: tuple[object, ...]) -> tuple[object, ...]:
-        if len(set(values)) < len(values):
-            raise ValueError("the same entry stands twice; give each once")
-        return values
 
 
 @dataclass(frozen=True)
@@ -55,12 +51,19 @@ class ManySample:
 def check(settings: ManyNeedlesSettings, materials: Materials) -> None:
     """Refuse an unknown haystack and lengths that its held-out text or the questions do not fit."""
     sources_of(materials, [settings.haystack], "evals.many_needles.haystack")
-    for length in (min(settings.lengths), max(settings.lengths)):
-        for form in settings.forms:
-            try:
-                make_sample(settings, materials, 0, form=form, length=length, number=0)
-            except Refusal as refusal:
-                raise Refusal(f"evals.many_needles.lengths={length} does not fit {form}: {refusal}") from None
+    longest, asks_all = max(settings.lengths), any(form != "multi_key" for form in settings.forms)
+    try:
+        maker = NeedleMaker(materials.tokenizer, settings.needles, settings.key_letters, settings.value_digits)
+    except Refusal as refusal:
+        raise Refusal(f"evals.many_needles: {refusal}") from None
+    least = maker.shortest + (settings.needles - 1) * maker.question_length * asks_all
+    questions = "as many questions" if asks_all else "a question"
+    why = f"needles={settings.needles}, {questions} and one token of haystack take {least} tokens"
+    check_lengths("evals.many_needles.lengths", settings.lengths, least, why)
+    try:
+        make_sample(settings, materials, 0, form=settings.forms[0], length=longest, number=0)
+    except Refusal as refusal:
+        raise Refusal(f"evals.many_needles.lengths={longest} does not fit: {refusal}") from None
 
 
 def run(model: nn.Module, settings: ManyNeedlesSettings, materials: Materials, seed: int) -> list[Cell]:

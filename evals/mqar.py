@@ -1,6 +1,7 @@
 """Multi-query associative recall by length and number of pairs (Zoology, arXiv 2312.04927)."""
 
 from collections.abc import Iterator
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -10,6 +11,7 @@ from data.order import counted, derive
 from data.synthetic.mqar import POWER, check_mqar, mqar_samples
 from evals.alphabet import alphabet, written_in
 from evals.answers import answer_rows
+from evals.lengths import DISTINCT, check_lengths
 from evals.scoring import Cell, Materials
 from settings import Refusal, Section
 
@@ -18,9 +20,9 @@ USUAL_PAIRS = (4, 16, 64, 256)
 
 
 class MqarSettings(Section):
-    lengths: tuple[PositiveInt, ...] = Field(min_length=1)
+    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
     """Tokens in a row; an even number."""
-    pairs: tuple[PositiveInt, ...] | None = Field(default=None, min_length=1)
+    pairs: Annotated[tuple[PositiveInt, ...], DISTINCT] | None = Field(default=None, min_length=1)
     """Pairs of key and value in a row, asked at every length that has 4 tokens for each; left out, those of 4, 16, 64
     and 256 that length and vocabulary have room for."""
     vocabulary: PositiveInt | None = None
@@ -32,11 +34,14 @@ class MqarSettings(Section):
 
 
 def check(settings: MqarSettings, materials: Materials) -> None:
-    """Refuse odd lengths, and pairs that no length and no vocabulary has room for."""
+    """Refuse lengths that are odd or without room for pairs, and pairs that no length or vocabulary has room for."""
     ids_V = _alphabet(settings, materials)
     for length in settings.lengths:
         if length % 2:
             raise Refusal(f"evals.mqar.lengths={length} is odd, but a key and its value take two; use {length + 1}")
+    fewest = min(settings.pairs or USUAL_PAIRS)
+    why = f"pairs={fewest} take {4 * fewest} tokens, to be told and asked"
+    check_lengths("evals.mqar.lengths", settings.lengths, 4 * fewest, why)
     for pairs in settings.pairs or USUAL_PAIRS[:1]:
         try:
             check_mqar(max(settings.lengths), pairs, len(ids_V))

@@ -3,12 +3,15 @@
 Sources: gkamradt's LLMTest_NeedleInAHaystack for the grid; exact match on random keys in place of a judge.
 """
 
+from typing import Annotated
+
 import numpy as np
 from pydantic import Field, PositiveInt, field_validator, model_validator
 from torch import nn
 
-from data.recall import NeedleSample, needle_grid, needle_sample
+from data.recall import NeedleMaker, NeedleSample, needle_grid, needle_sample
 from evals.answers import answer_rows
+from evals.lengths import DISTINCT, check_lengths
 from evals.scoring import Cell, Materials, Rows, sources_of
 from model.loss import IGNORED
 from settings import Refusal, Section
@@ -18,11 +21,11 @@ DEPTH_PARTS = 1_000_000
 
 
 class NeedleSettings(Section):
-    lengths: tuple[PositiveInt, ...] = Field(min_length=1)
+    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
     """Tokens in a sample, question and answer included."""
     haystack: str
     """The source whose held-out text hides the needle."""
-    depths: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
+    depths: Annotated[tuple[float, ...], DISTINCT] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
     """Share of the haystack that stands before the needle: 0 is the farthest from the question, 1 the nearest."""
     samples: PositiveInt = 20
     """Samples in each cell."""
@@ -33,13 +36,6 @@ class NeedleSettings(Section):
     read about once a length. Left out, each cell has haystacks of its own, with so many `needles` in each."""
     key_letters: PositiveInt = 2
     value_digits: PositiveInt = 4
-
-    @field_validator("lengths", "depths")
-    @classmethod
-    def check_distinct(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if len(set(values)) < len(values):
-            raise ValueError("the same entry stands twice; give each once")
-        return values
 
     @field_validator("depths")
     @classmethod
@@ -66,14 +62,18 @@ def check(settings: NeedleSettings, materials: Materials) -> None:
             f"evals.needle.lengths={longest} does not fit: source {settings.haystack!r} has {available} held-out "
             f"tokens; lower it to {available} or less, or choose a larger haystack"
         )
-    shortest = min(settings.lengths)
+    needles = num_needles(settings)
     try:
-        if settings.one_haystack:
-            make_grid(settings, materials, 0, length=shortest, number=0)
-        else:
-            make_sample(settings, materials, 0, length=shortest, depth=settings.depths[0], number=0)
+        maker = NeedleMaker(materials.tokenizer, needles, settings.key_letters, settings.value_digits)
     except Refusal as refusal:
-        raise Refusal(f"evals.needle.lengths={shortest} does not fit: {refusal}") from None
+        raise Refusal(f"evals.needle: {refusal}") from None
+    why = f"needles={needles}, a question and one token of haystack take {maker.shortest} tokens"
+    check_lengths("evals.needle.lengths", settings.lengths, maker.shortest, why)
+
+
+def num_needles(settings: NeedleSettings) -> int:
+    """Needles in each haystack."""
+    return len(settings.depths) if settings.one_haystack else settings.needles
 
 
 def make_samples(settings: NeedleSettings, materials: Materials, seed: int, length: int) -> list[list[NeedleSample]]:
@@ -148,7 +148,7 @@ def run(model: nn.Module, settings: NeedleSettings, materials: Materials, seed: 
     `high` bound the score.
     """
     check(settings, materials)
-    needles = {"needles": len(settings.depths) if settings.one_haystack else settings.needles}
+    needles = {"needles": num_needles(settings)}
     cells = []
     for length in settings.lengths:
         rows = to_rows([sample for of_depth in make_samples(settings, materials, seed, length) for sample in of_depth])

@@ -8,12 +8,14 @@ the depth is given and not drawn.
 import re
 from itertools import accumulate
 from random import Random
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, PositiveInt, field_validator
 from torch import nn
 
 from data.tokenizer import Tokenizer
+from evals.lengths import DISTINCT
 from evals.questions import Answers, Question, ask
 from evals.scoring import Cell, Materials
 from settings import Refusal, Section
@@ -30,21 +32,14 @@ WRITTEN = 10
 
 
 class PasskeySettings(Section):
-    lengths: tuple[PositiveInt, ...] = Field(min_length=1)
+    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
     """Tokens of the prompt and of the ten reserved for the answer, together."""
-    depths: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
+    depths: Annotated[tuple[float, ...], DISTINCT] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
     """Share of the filler that stands before the key."""
     samples: PositiveInt = 20
     """Samples in each cell."""
     generate: bool = False
     """Let the model write too: right where the first number is the key."""
-
-    @field_validator("lengths", "depths")
-    @classmethod
-    def check_distinct(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if len(set(values)) < len(values):
-            raise ValueError("the same entry stands twice; give each once")
-        return values
 
     @field_validator("depths")
     @classmethod

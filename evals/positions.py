@@ -1,11 +1,13 @@
 """Loss by position: later tokens of a long document are predicted better than early ones, if context is used."""
 
 from itertools import pairwise
+from typing import Annotated
 
 import numpy as np
 from pydantic import PositiveInt, model_validator
 from torch import nn
 
+from evals.lengths import DISTINCT
 from evals.long_documents import long_windows, sources_with_long_documents
 from evals.scoring import Cell, Materials, score_rows
 from evals.windows import sum_up
@@ -17,7 +19,7 @@ class PositionsSettings(Section):
     """Tokens in a window; only documents longer than this are read."""
     buckets: PositiveInt = 8
     """The window is cut into so many stretches of equal length, one cell each."""
-    sources: tuple[str, ...] = ()
+    sources: Annotated[tuple[str, ...], DISTINCT] = ()
     """Which sources are read; left out, all that hold a document long enough."""
     tokens: PositiveInt = 32_768
     """At most so many tokens are read of each source."""

@@ -1,11 +1,14 @@
 """Routing: how the experts of each layer share the work on held-out text, where no balance loss has had its say."""
 
+from typing import Annotated
+
 import numpy as np
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from context.rotary import AnyRotary
+from evals.lengths import DISTINCT
 from evals.scoring import Cell, Materials, Rows, evaluating, forwards, sources_of
 from evals.windows import read, spread
 from model.transformer import Transformer
@@ -16,7 +19,7 @@ from settings import Refusal, Section
 class RoutingSettings(Section):
     length: PositiveInt
     """Tokens in a window."""
-    sources: tuple[str, ...] = ()
+    sources: Annotated[tuple[str, ...], DISTINCT] = ()
     """Which sources are read; left out, all that have held-out text."""
     tokens: PositiveInt = 16_384
     """At most so many tokens are read of each source."""

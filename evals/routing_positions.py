@@ -1,10 +1,13 @@
 """Routing by position: whether the experts that a long document's beginning uses are those that its end uses."""
 
+from typing import Annotated
+
 import numpy as np
 import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
+from evals.lengths import DISTINCT
 from evals.long_documents import long_windows, sources_with_long_documents
 from evals.routing import describe_load
 from evals.scoring import Cell, Materials, Rows, evaluating, forwards
@@ -16,7 +19,7 @@ class RoutingPositionsSettings(Section):
     """Tokens in a window; only documents longer than this are read."""
     buckets: PositiveInt = 8
     """The window is cut into so many stretches of equal length."""
-    sources: tuple[str, ...] = ()
+    sources: Annotated[tuple[str, ...], DISTINCT] = ()
     """Which sources are read; left out, all that hold a document long enough."""
     tokens: PositiveInt = 16_384
     """At most so many tokens are read of each source."""

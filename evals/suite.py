@@ -46,9 +46,10 @@ from settings import Section, nearest
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of question: `run` answers it, `check` refuses beforehand what `run` could not do."""
+    """One kind of question: `run` answers it, `check` refuses beforehand what `run` could not do, and may return a
+    line that says which part of it is left out."""
 
-    check: Callable[[Any, Materials], None]
+    check: Callable[[Any, Materials], str | None]
     run: Callable[[nn.Module, Any, Materials, int], list[Cell]]
 
 
@@ -108,7 +109,9 @@ class EvalsSettings(Section):
 
     @model_validator(mode="after")
     def check_tasks(self) -> "EvalsSettings":
-        for name in self.tasks or ():
+        for number, name in enumerate(self.tasks or ()):
+            if name in (self.tasks or ())[:number]:
+                raise ValueError(f"tasks: {name!r} stands twice; give it once")
             if name not in TASKS:
                 raise ValueError(f"tasks: unknown task {name!r}{nearest(name, list(TASKS))}")
             if getattr(self, name) is None:
@@ -133,20 +136,27 @@ def is_due(settings: EvalsSettings, tokens_before: int, tokens_after: int, *, is
     return every is not None and tokens_after // every > tokens_before // every
 
 
-def check_suite(settings: EvalsSettings, materials: Materials) -> None:
-    """Refuse at the start of a run, not hours into it, what the tasks could not be asked."""
-    for name in tasks_of(settings):
-        TASKS[name].check(getattr(settings, name), materials)
+def check_suite(settings: EvalsSettings, materials: Materials) -> list[str]:
+    """Refuse at the start of a run, not hours into it, what the tasks could not be asked; a line for each that leaves
+    a part of itself out."""
+    lines = [TASKS[name].check(getattr(settings, name), materials) for name in tasks_of(settings)]
+    return [line for line in lines if line is not None]
 
 
 def run_suite(
-    model: Transformer, settings: EvalsSettings, materials: Materials, next_rotary: AnyRotary | None = None
+    model: Transformer,
+    settings: EvalsSettings,
+    materials: Materials,
+    next_rotary: AnyRotary | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> list[Cell]:
     """Ask the model every task; the same settings and materials ask every model the same.
 
     next_rotary: at a stage's end the RoPE of the next one; what it does to the routing is then asked as well.
+    say: is told beforehand what is left out.
     """
-    check_suite(settings, materials)
+    for line in check_suite(settings, materials):
+        say(line)
     cells = [
         cell
         for name in tasks_of(settings)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data.tokenizer import build_tokenizer
-from evals.__main__ import read_rotary
+from evals.__main__ import check_out, read_rotary
 from evals.scoring import Materials
 from model.initialize import initialize
 from model.transformer import build_model
@@ -21,12 +21,15 @@ from run.identity import read_recorded
 from run.start import choose_device, choose_dtype, refusing
 from settings import Refusal, to_dict
 
+REPORT = "harness.json"
 KEPT = ("results", "groups", "n-shot", "n-samples", "versions", "higher_is_better")
 """What is written of lm-eval's report; its configuration of each task is the version's."""
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Ask, print lm-eval's table, and with --out write harness.json: the numbers and what they were measured with."""
+    if arguments.out is not None:
+        check_out(arguments.out, REPORT)
     package = require()
     asked, facts = load(arguments)
     tasks = package.tasks.TaskManager(include_defaults=not all(map(is_file, arguments.tasks)))
@@ -45,7 +48,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         report = {"lm_eval": package.__version__, **facts, **{key: found[key] for key in KEPT if key in found}}
-        path = arguments.out / "harness.json"
+        path = arguments.out / REPORT
         path.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
         print(f"written: {path}")
 
@@ -77,7 +80,9 @@ def load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     rotary = stage.rotary if arguments.rotary is None else read_rotary(arguments.rotary)
     model.use_rotary(rotary)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    length = arguments.length or stage.sequence_length
+    length = stage.sequence_length if arguments.length is None else arguments.length
+    if length < 1:
+        raise Refusal(f"--length {length}: a request has tokens; give 1 or more")
     facts = {
         "checkpoint": str(arguments.checkpoint),
         "step": state["step"],

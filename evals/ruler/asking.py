@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, PositiveInt, field_validator, model_validator
 from torch import nn
 
 from evals.intervals import bounds
+from evals.lengths import DISTINCT
 from evals.questions import Answers, ask
 from evals.ruler.haystack import held_out_essay, read_essay
 from evals.ruler.matching import THRESHOLD, effective_length, weighted_average
@@ -22,9 +24,9 @@ from settings import Refusal, Section, nearest
 
 
 class RulerSettings(Section):
-    lengths: tuple[PositiveInt, ...] = Field(min_length=1)
+    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
     """Tokens of the prompt and of what is reserved for the answer, together. RULER: 4096 to 131072."""
-    tasks: tuple[str, ...] | None = None
+    tasks: Annotated[tuple[str, ...], DISTINCT] | None = None
     """Which of the thirteen; left out, all that the given texts and every one of the lengths allow."""
     samples: PositiveInt = 20
     """Samples of each task and length. RULER: 500."""
@@ -52,13 +54,6 @@ class RulerSettings(Section):
                 raise ValueError(f"unknown task {name!r}{nearest(name, list(RULER_TASKS))}")
         return tasks
 
-    @field_validator("lengths")
-    @classmethod
-    def check_distinct(cls, lengths: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(lengths)) < len(lengths):
-            raise ValueError("the same length stands twice; give each once")
-        return lengths
-
     @model_validator(mode="after")
     def check_texts(self) -> "RulerSettings":
         if self.haystack is not None and self.haystack_file is not None:
@@ -66,9 +61,14 @@ class RulerSettings(Section):
         return self
 
 
-def check(settings: RulerSettings, materials: Materials) -> None:
-    """Refuse texts that are not there, and lengths that a task's smallest prompt does not fit."""
-    chosen(settings, gather(settings, materials))
+def check(settings: RulerSettings, materials: Materials) -> str | None:
+    """Refuse texts that are not there, and lengths that a task's smallest prompt does not fit; say which of the
+    thirteen are left out, where the settings name none."""
+    asked = chosen(settings, gather(settings, materials))
+    left_out = [name for name in RULER_TASKS if name not in asked]
+    if settings.tasks or not left_out:
+        return None
+    return f"ruler leaves out {', '.join(left_out)}: named in evals.ruler.tasks, each says what it lacks"
 
 
 def run(model: nn.Module, settings: RulerSettings, materials: Materials, seed: int) -> list[Cell]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
 
+from evals.lengths import check_lengths
 from evals.questions import Question
 from evals.ruler.fill import Maker, fill
 from evals.ruler.tasks import RULER_TASKS, Ingredients, RulerTask
@@ -42,22 +43,23 @@ class Series:
 
     def check(self, count: int) -> None:
         """Refuse what `questions` would refuse; makes the smallest prompts alone."""
-        for number in range(count):
-            self.fill(number, guess=0, largest=self.maker.smallest)
+        try:
+            least = max(self.make(number, self.maker.smallest).size for number in range(count))
+        except Refusal as refusal:
+            raise Refusal(f"evals.ruler: {self.name} cannot be asked: {refusal}") from None
+        why = f"the smallest prompts of {self.name} take about {least} tokens, with room for the answer"
+        check_lengths("evals.ruler.lengths", [self.length], least, why)
 
     def questions(self, count: int) -> list[Question]:
         """The first so many. Raises Refusal where one cannot be made to fit."""
+        self.check(count)
         size, made = 2 * self.maker.smallest, []
         for number in range(count):
             size = self.fill(number, guess=size)
             made.append(replace(self.make(number, size), length=self.length))
         return made
 
-    def fill(self, number: int, guess: int, largest: int | None = None) -> int:
+    def fill(self, number: int, guess: int) -> int:
         """How much haystack question `number` takes."""
         maker = self.maker
-        largest = maker.largest if largest is None else largest
-        try:
-            return fill(lambda size: self.make(number, size).size, self.length, maker.smallest, largest, guess)
-        except Refusal as refusal:
-            raise Refusal(f"evals.ruler: {self.name} cannot be asked at length={self.length}: {refusal}") from None
+        return fill(lambda size: self.make(number, size).size, self.length, maker.smallest, maker.largest, guess)

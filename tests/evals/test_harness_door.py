@@ -97,6 +97,22 @@ def test_requests_that_do_not_fit_are_refused_or_cut_as_asked(run, task, capsys)
     assert "requests are longer than length=16: their beginnings left out" in capsys.readouterr().out
 
 
+def test_what_cannot_be_written_or_read_is_refused_before_anything_is_asked(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "harness.json").touch()
+    with pytest.raises(Refusal, match=r"--out .*out: harness.json is there already"):
+        ask(run, "hellaswag", "--out", tmp_path / "out")
+    with pytest.raises(Refusal, match=r"--out .*run: holds a run or a checkpoint"):
+        ask(run, "hellaswag", "--out", run)
+
+
+@pytest.mark.skipif(not HAS_HARNESS, reason="pip install 'longmoe[eval]'")
+@pytest.mark.parametrize("length", [0, -3])
+def test_a_length_of_no_tokens_is_not_the_trained_one(run, length):
+    with pytest.raises(Refusal, match=f"--length {length}: a request has tokens; give 1 or more"):
+        ask(run, "hellaswag", f"--length={length}")
+
+
 @pytest.mark.skipif(not HAS_HARNESS, reason="pip install 'longmoe[eval]'")
 def test_the_weights_are_the_checkpoints(run, monkeypatch):
     from evals.harness.__main__ import load

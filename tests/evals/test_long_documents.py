@@ -98,6 +98,9 @@ def test_last_tokens_refuse_what_the_shortest_view_does_not_hold():
     assert last_tokens.num_last(LastTokensSettings(length=64)) == 8
     with pytest.raises(ValidationError, match=r"last=20 tokens do not fit the shortest window.*use 16"):
         LastTokensSettings(length=64, last=20)
+    with pytest.raises(ValidationError, match=r"length=3 does not fit: .*0.25 of it, holds no token; use 4 or more"):
+        LastTokensSettings(length=3)
+    LastTokensSettings(length=4)
     for shares in ((0.0, 1.0), (0.5, 1.5), (0.5, 0.5), ()):
         with pytest.raises(ValidationError):
             LastTokensSettings(length=64, shares=shares)
@@ -138,7 +141,7 @@ def test_without_a_key_token_there_is_no_perplexity(materials, models):
     cells = long_ppl.run(models.RandomModel(), LongPplSettings(length=64, tokens=128, sources=("web",)), materials, 0)
     assert math.isnan(cells[0].score) and cells[0].count == 0 and cells[0].extra["key_share"] == 0.0
     assert "low" not in cells[0].extra
-    with pytest.raises(ValidationError, match="short=64 must be less than length=64"):
+    with pytest.raises(ValidationError, match="short=64 must be less than length=64; use length=65"):
         LongPplSettings(length=64, short=64)
 
 

@@ -1,19 +1,22 @@
 """The door: a checkpoint on the disk is asked as its run would have asked it."""
 
 import json
+import os
 import re
 
 import pytest
 import torch
 
-from evals.__main__ import load_checkpoint, main, parse_arguments, read_rotary
+import evals.__main__ as asking
+import train
+from evals.__main__ import check_out, load_checkpoint, main, parse_arguments, read_rotary, refuse_token_choosers
 from evals.defaults import SLOW, choose, tables_around, with_lengths
-from evals.suite import TASKS, EvalsSettings, run_suite, tasks_of
+from evals.suite import TASKS, EvalsSettings, check_suite, run_suite, tasks_of
 from model.initialize import initialize
-from model.transformer import build_model
+from model.transformer import ModelSettings, build_model
 from run.checkpoint import Checkpoints
 from run.config import load_config
-from settings import Refusal
+from settings import Refusal, to_dict, validate
 
 CONFIG = """
 total_tokens = 1024
@@ -127,10 +130,34 @@ def test_without_a_word_everything_possible_is_asked(run_folder):
 
 
 def test_lengths_are_given_in_tokens_of_a_row():
-    assert with_lengths({"lengths": [8]}, [64, 32]) == {"lengths": [32, 64]}
-    assert with_lengths({"length": 8, "tokens": 9}, [64, 32]) == {"length": 64, "tokens": 9}
-    assert with_lengths({"lags": [8]}, [64, 32]) == {"lags": [16, 32]}
-    assert with_lengths({"shots": [1]}, [64]) == {"shots": [1]}
+    assert with_lengths("x", {"lengths": [8]}, [64, 32]) == ({"lengths": [32, 64]}, [])
+    assert with_lengths("x", {"length": 8, "tokens": 9}, [64]) == ({"length": 64, "tokens": 9}, [])
+    assert with_lengths("x", {"lags": [8]}, [64, 32]) == ({"lags": [16, 32]}, [])
+
+
+def test_a_length_that_is_not_asked_is_refused_or_said(run_folder):
+    """Every task at lengths of which some cannot be asked: no one is left out in silence."""
+    assert with_lengths("x", {"length": 8}, [64, 32, 16])[1] == [
+        "x has one length: it is asked at 64, and not at 16, 32"
+    ]
+    assert with_lengths("x", {"shots": [1]}, [64]) == (
+        {"shots": [1]},
+        ["x has no lengths: it is asked as it is, whatever --lengths says"],
+    )
+    for odd, even in ((1, 4), (3, 4), (25, 26)):
+        with pytest.raises(Refusal, match=rf"--lengths {odd} is odd, but a row of copying .*use {even}"):
+            ask(load_checkpoint(run_folder, "cpu"), ["copying"], [8, odd])
+    loaded = load_checkpoint(run_folder, "cpu")
+    for task in TASKS:
+        lengths = [2, 64]
+        try:
+            settings, lines = choose(loaded.config.evals, 64, loaded.materials, [task], lengths)
+            check_suite(settings, loaded.materials)
+        except Refusal as refusal:
+            assert re.search(rf"{task}.(lengths=2|lags=1) does not fit: .*; use \d+ or more", str(refusal))
+        else:
+            table = to_dict(getattr(settings, task))
+            assert lines or [table["lengths"], task] == [lengths, "held_out"]
 
 
 def test_tasks_are_listed(capsys):
@@ -167,6 +194,81 @@ def test_another_rotation_for_the_same_weights(run_folder, tmp_path):
         read_rotary("yarn please")
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", ""], "--tasks '': names nothing"),
+        (["--lengths", " , "], "--lengths ' , ': names nothing"),
+        (["--lengths", "abc"], "--lengths 'abc': 'abc' is no length"),
+        (["--lengths", "64,0"], "--lengths '64,0': '0' is no length; write tokens, 1 or more"),
+        (["--lengths=-5"], "--lengths '-5': '-5' is no length"),
+        (["--lengths", "1.5"], "'1.5' is no length"),
+        (["--lengths", "64,064"], "the same length stands twice"),
+        (["--tasks", "needle,mqar,needle"], "tasks: 'needle' stands twice; give it once"),
+        (
+            ["--at-eval", "token_choice"],
+            "--at-eval token_choice: .*'expert_choice', and this one is 'softmax'; leave it out",
+        ),
+    ],
+)
+def test_options_that_say_nothing_are_refused_in_a_line(run_folder, words, message):
+    with pytest.raises(Refusal, match=message) as refusal:
+        main(parse_arguments([str(run_folder), *words]))
+    assert "\n" not in str(refusal.value)
+
+
+def test_only_a_router_that_sees_the_future_is_told_otherwise():
+    choice = {"num_experts": 4, "experts_per_token": 2, "expert_width": 8, "router": {"kind": "expert_choice"}}
+    shape = {"num_layers": 1, "width": 16, "attention": {"num_heads": 2, "num_kv_heads": 2}}
+    experts = validate({**shape, "moe": {**choice, "balance": []}}, ModelSettings, "x")
+    refuse_token_choosers(experts, "token_choice")
+    with pytest.raises(Refusal, match="and this model is dense; leave it out"):
+        refuse_token_choosers(validate({**shape, "feed_forward_width": 16}, ModelSettings, "x"), "token_choice")
+
+
+def test_answers_never_take_the_place_of_others(run_folder, tmp_path, monkeypatch):
+    """What --out cannot be is refused before the checkpoint is read."""
+    monkeypatch.setattr(asking, "load_checkpoint", None)
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "asked").mkdir()
+    (tmp_path / "asked" / "evals.jsonl").write_text("kept")
+    before = sorted(tmp_path.rglob("*")), sorted(run_folder.rglob("*"))
+    for out, message in (
+        (run_folder, r"holds a run or a checkpoint; give a folder of its own, such as .*run-evals"),
+        (run_folder / "checkpoints" / "step_00000003", "holds a run or a checkpoint"),
+        (tmp_path / "file", "is there and is no folder"),
+        (tmp_path / "file" / "below" / "it", "file is there and is no folder"),
+        (tmp_path / "link", "is there and is no folder"),
+        (tmp_path / "asked", "evals.jsonl is there already; give another folder"),
+    ):
+        with pytest.raises(Refusal, match=f"--out {out}: .*{message}"):
+            main(parse_arguments([str(run_folder), "--out", str(out)]))
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    with pytest.raises(Refusal, match=f"nothing may be written in {tmp_path}; give another one"):
+        check_out(tmp_path / "new" / "folder", "evals.jsonl")
+    check_out(tmp_path / "asked" / "new", "evals.jsonl")
+    assert (sorted(tmp_path.rglob("*")), sorted(run_folder.rglob("*"))) == before
+    assert (tmp_path / "asked" / "evals.jsonl").read_text() == "kept"
+
+
 def test_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(Refusal, match="holds no checkpoint"):
         main(parse_arguments([str(tmp_path)]))
+    (tmp_path / "evals.jsonl").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, why in (("evals.jsonl", "is a file"), ("link", "a link that leads nowhere"), ("gone", "no such folder")):
+        with pytest.raises(Refusal, match=f"{name}: {why}; give a run's folder"):
+            main(parse_arguments([str(tmp_path / name)]))
+
+
+def test_training_says_what_a_task_leaves_out(run_folder, tmp_path, monkeypatch, capsys):
+    def no_further(*_):
+        raise Refusal("far enough")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "check_suite", lambda settings, materials: ["ruler leaves out cwe"])
+    monkeypatch.setattr(train, "find_origin", no_further)
+    with pytest.raises(Refusal, match="far enough"):
+        train.main(load_config(run_folder.parent / "tiny.toml", []))
+    assert "ruler leaves out cwe" in capsys.readouterr().out.splitlines()

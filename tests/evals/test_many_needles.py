@@ -112,9 +112,17 @@ def test_a_sample_is_a_function_of_its_place_alone(materials) -> None:
 
 def test_what_does_not_fit_is_refused(materials) -> None:
     many_needles.check(settings(), materials)
-    with pytest.raises(Refusal, match=r"evals.many_needles.lengths=70 does not fit multi_query: .* no room"):
-        many_needles.check(settings(lengths=(70, 240)), materials)
-    with pytest.raises(Refusal, match=r"lengths=99999 does not fit multi_key: .* use a longer text"):
+    for form, least in (("multi_key", 54), ("multi_query", 81), ("multi_value", 81)):
+        short = rf"evals.many_needles.lengths={least - 1} does not fit: .*use {least} or more"
+        with pytest.raises(Refusal, match=short):
+            many_needles.check(settings(lengths=(least - 1, 240), forms=(form,)), materials)
+        many_needles.check(settings(lengths=(least,), forms=(form,)), materials)
+        make_sample(settings(), materials, 0, form=form, length=least, number=0)
+        with pytest.raises(Refusal, match="no room"):
+            make_sample(settings(), materials, 0, form=form, length=least - 1, number=0)
+    with pytest.raises(Refusal, match=r"evals.many_needles: needles=25 need different keys"):
+        many_needles.check(settings(needles=25, key_letters=1), materials)
+    with pytest.raises(Refusal, match=r"lengths=99999 does not fit: .* use a longer text"):
         many_needles.check(settings(lengths=(150, 99_999)), materials)
     with pytest.raises(Refusal, match=r"evals.many_needles.haystack='wbe'"):
         many_needles.check(settings(haystack="wbe"), materials)

@@ -89,8 +89,14 @@ def test_answers_of_several_lengths_in_one_batch(models, materials):
 def test_what_does_not_fit_is_refused(materials):
     with pytest.raises(Refusal, match=r"evals.needle.lengths=51 .*'small' has 50 held-out tokens; lower it to 50"):
         needle.check(settings(lengths=(32, 51), haystack="small"), materials)
-    with pytest.raises(Refusal, match=r"evals.needle.lengths=10 does not fit"):
-        needle.check(settings(lengths=(10, 64)), materials)
+    for needles in (1, 3):
+        least = 10 + 11 * needles
+        with pytest.raises(Refusal, match=rf"evals.needle.lengths={least - 1} does not fit: .*use {least} or more"):
+            needle.check(settings(lengths=(64, least - 1), needles=needles), materials)
+        needle.check(settings(lengths=(least, 64), needles=needles), materials)
+        make_sample(settings(needles=needles), materials, 0, length=least, depth=0.5, number=0)
+    with pytest.raises(Refusal, match=r"evals.needle: needles=25 need different keys"):
+        needle.check(settings(needles=25, key_letters=1, lengths=(2000,)), materials)
     with pytest.raises(Refusal, match=r"evals.needle.haystack='wen' .*did you mean 'web'"):
         needle.check(settings(haystack="wen"), materials)
     for wrong in ({"depths": (0.5, 1.5)}, {"depths": ()}, {"lengths": (64, 64)}, {"samples": 0}):

@@ -157,7 +157,18 @@ def test_row_scores_are_told_apart(materials):
 @pytest.mark.parametrize(
     ("check", "message"),
     [
-        (lambda m: induction.check(InductionSettings(lengths=(2, 64)), m), "length=2"),
+        (
+            lambda m: induction.check(InductionSettings(lengths=(64, 2)), m),
+            r"evals.induction.lengths=2 .*use 3 or more",
+        ),
+        (
+            lambda m: mqar.check(MqarSettings(lengths=(14, 64)), m),
+            r"evals.mqar.lengths=14 does not fit.*use 16 or more",
+        ),
+        (
+            lambda m: mqar.check(MqarSettings(lengths=(512, 18), pairs=(8, 5)), m),
+            r"evals.mqar.lengths=18 does not fit: pairs=5 .*use 20 or more",
+        ),
         (
             lambda m: induction.check(InductionSettings(lengths=(64,), vocabulary=99), m),
             r"evals.induction.vocabulary=99",
@@ -168,7 +179,7 @@ def test_row_scores_are_told_apart(materials):
             r"evals.mqar.pairs=16 does not fit.*is 32",
         ),
         (lambda m: mqar.check(MqarSettings(lengths=(512,), pairs=(64,)), m), r"pairs=64 does not fit.*has 30 tokens"),
-        (lambda m: copying.check(CopyingSettings(lags=(1, 8)), m), "blocks of 2 tokens"),
+        (lambda m: copying.check(CopyingSettings(lags=(1, 8)), m), r"evals.copying.lags=1 does not fit.*use 2 or more"),
         (lambda m: k_shot_copy.check(KShotCopySettings(vocabulary=64), m), r"evals.k_shot_copy.vocabulary=64"),
     ],
 )

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from evals.suite import TASKS, EvalsSettings, check_suite, is_due, run_suite, tasks_of
+from evals.suite import TASKS, EvalsSettings, Task, check_suite, is_due, run_suite, tasks_of
 from settings import Refusal, to_dict, validate
 
 TABLES = {
@@ -56,6 +56,8 @@ def test_unknown_tasks_are_refused_with_the_nearest():
         evals(**TABLES, tasks=["neddle"])
     with pytest.raises(Refusal, match=r"'needle', which has no table; add \[evals.needle\]"):
         evals(tasks=["needle"])
+    with pytest.raises(Refusal, match=r"tasks: 'needle' stands twice; give it once"):
+        evals(**TABLES, tasks=["needle", "mqar", "needle"])
     with pytest.raises(Refusal, match=r"needle.lenghts: unknown key.*did you mean 'lengths'"):
         evals(needle={"lenghts": [64], "lengths": [64], "haystack": "web"})
 
@@ -68,6 +70,29 @@ def test_what_cannot_be_asked_is_refused_before_the_model_is(models, materials):
         run_suite(model, evals(**{**TABLES, "positions": {"length": 9999}}), materials)
     assert not model.calls
     check_suite(evals(), replace(materials, held_out={}))
+
+
+def test_what_a_task_leaves_out_of_itself_is_said_beforehand(models, materials, monkeypatch):
+    said = []
+
+    def speak(model, settings, materials, seed):
+        assert said == ["needle leaves out"]
+        return []
+
+    monkeypatch.setitem(TASKS, "needle", Task(lambda settings, materials: "needle leaves out", speak))
+    run_suite(models.RandomModel(), evals(**TABLES, tasks=["copying", "needle"]), materials, say=said.append)
+    assert check_suite(evals(**TABLES, tasks=["copying", "needle"]), materials) == said
+
+
+ARRAYS = [(task, key) for task, table in TABLES.items() for key in table if isinstance(table[key], list)]
+
+
+@pytest.mark.parametrize(("task", "key"), ARRAYS)
+def test_an_entry_that_stands_twice_is_refused(task, key):
+    """It would be asked twice, and its cells would lie over each other."""
+    entries = TABLES[task][key]
+    with pytest.raises(Refusal, match=rf"{task}.{key}=.*twice"):
+        evals(**{task: {**TABLES[task], key: [*entries, entries[0]]}})
 
 
 def test_settings_survive_the_resolved_config():

@@ -2,6 +2,7 @@
 refused before a model is asked."""
 
 import json
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -185,15 +186,25 @@ def test_what_is_not_there_is_refused_by_name(files, materials) -> None:
 
 def test_lengths_that_do_not_fit_are_refused_at_the_start(files, materials) -> None:
     check(settings(files), materials)
-    with pytest.raises(
-        Refusal, match=r"evals.ruler: niah_multiquery cannot be asked at length=700: the smallest prompt"
-    ):
+    with pytest.raises(Refusal, match=r"evals.ruler.lengths=700 does not fit: the smallest prompts of niah_multiquery"):
         check(settings(files, lengths=(2304, 700), tasks=("niah_single_1", "niah_multiquery")), materials)
-    with pytest.raises(Refusal, match=r"qa_2 cannot be asked at length=2304: sample 3 has no question"):
+    with pytest.raises(Refusal, match=r"qa_2 cannot be asked: sample 3 has no question"):
         check(settings(files, tasks=("qa_2",), samples=3), materials)
     for name, key in (("qa_1", "squad"), ("qa_2", "hotpotqa")):
         with pytest.raises(Refusal, match=f"{name} needs a text; give its path as {key}"):
             check(settings(files, tasks=(name,), **{key: None}), materials)
+
+
+def test_what_is_left_out_of_the_thirteen_is_said_in_a_line(files, materials) -> None:
+    assert check(settings(files), materials) is None
+    assert check(settings(files, tasks=("vt",)), materials) is None, "the others are left out by who names this one"
+    some = settings(files, squad=None, lengths=(800, 2304))
+    line = check(some, materials)
+    said = re.fullmatch(r"ruler leaves out (.+): named in evals.ruler.tasks, each says what it lacks", line)[1].split(
+        ", "
+    )
+    assert sorted([*said, *chosen(some, gather(some, materials))]) == sorted(RULER_TASKS)
+    assert {"vt", "cwe", "qa_1"} <= set(said)
 
 
 def test_unnamed_tasks_are_asked_where_every_length_has_room(files, materials) -> None:
@@ -204,7 +215,9 @@ def test_unnamed_tasks_are_asked_where_every_length_has_room(files, materials) -
     cells = run(Teller([], text_of), table.model_copy(update={"generate": False}), materials, seed=0)
     averages = [cell for cell in cells if cell.task == "ruler/average"]
     assert [cell.extra["tasks"] for cell in averages] == [len(names)] * 2
-    with pytest.raises(Refusal, match="niah_single_1 cannot be asked at length=300: the smallest prompt takes"):
+    with pytest.raises(
+        Refusal, match=r"evals.ruler.lengths=300 does not fit: the smallest prompts of niah_single_1 take about \d+"
+    ):
         check(settings(files, lengths=(300, 2304)), materials)
 
 
@@ -214,6 +227,7 @@ def test_unnamed_tasks_are_asked_where_every_length_has_room(files, materials) -
         ({"tasks": ("niah_singel_1",)}, "did you mean 'niah_single_1'"),
         ({"haystack_file": "x"}, "give one"),
         ({"lengths": (2304, 2304)}, "twice"),
+        ({"tasks": ("vt", "vt")}, "twice"),
         ({"lengths": ()}, "at least 1"),
     ],
 )

@@ -176,13 +176,26 @@ def test_no_document_stands_twice_as_long_as_there_are_others(given) -> None:
 
 
 def test_what_cannot_be_answered_or_made_to_fit_is_refused_by_name(given, tiny) -> None:
-    with pytest.raises(Refusal, match=r"evals.ruler: cwe cannot be asked at length=512: the smallest prompt takes \d+"):
+    with pytest.raises(Refusal, match=r"evals.ruler.lengths=512 does not fit: the smallest prompts of cwe take"):
         series(given, "cwe", length=512).questions(1)
-    with pytest.raises(Refusal, match=r"qa_1 cannot be asked at length=1536: sample 3 has no question: the file has 2"):
+    with pytest.raises(Refusal, match=r"evals.ruler: qa_1 cannot be asked: sample 3 has no question: the file has 2"):
         series(given, "qa_1").questions(3)
     with pytest.raises(Refusal, match="sample 3"):
         series(given, "qa_1").check(3)
     assert series(given, "niah_multiquery", length=900).check(2) is None
+
+
+@pytest.mark.parametrize("name", ["niah_single_1", "vt", "cwe", "qa_1"])
+def test_the_length_that_a_refusal_names_is_about_enough(given, name: str) -> None:
+    """About: samples of another length are drawn anew."""
+    with pytest.raises(
+        Refusal, match=rf"evals.ruler.lengths=200 does not fit: .* of {name} .*use \d+ or more"
+    ) as refusal:
+        series(given, name, length=200).check(2)
+    least = int(re.findall(r"use (\d+)", str(refusal.value))[0])
+    series(given, name, length=least + 20).check(2)
+    with pytest.raises(Refusal):
+        series(given, name, length=least - 100).check(2)
     assert "Who owns" not in str(given.squad), "a question without an answer is left out"
 
 
