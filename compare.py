@@ -3,31 +3,43 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from run.arms import ArmsSettings, Entry, expand, read_arms
 from run.comparison import compare
 from run.comparison_page import show, write_page
 from run.folder import RUNS
-from run.launch import train_all
+from run.launch import check_runs, train_all
 from run.start import refusing
-from settings import to_toml
+from settings import Refusal, to_toml
+
+AGAIN = (
+    "the same command goes on with these, once what they say is mended; to train one anew move its folder away, to "
+    "train all anew give another --name (compare.py has no --fresh)"
+)
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Plan the runs, train those that are not finished, then say what all of them have shown."""
+    """Plan the runs, train those that are not finished, then say what all of them have shown.
+
+    Raises Refusal before any has trained where one of them could not be, and in the end where some have failed.
+    """
     settings = read_arms(arguments.config, arguments.overrides, is_small=arguments.small)
     name = arguments.name or arguments.config.stem + ("-small" if arguments.small else "")
     entries = expand(settings, arguments.config, name)
+    if not arguments.report:
+        check_runs(entries)
     if arguments.show:
         for line in plan(settings, entries):
             print(line)
         return
-    if not arguments.report:
-        train_all(entries, RUNS / name, settings.jobs, lambda line: print(line, flush=True))
+    failed = [] if arguments.report else train_all(entries, RUNS / name, settings.jobs, partial(print, flush=True))
     comparison = compare(settings, entries)
     show(comparison)
     print(f"report: {write_page(comparison, RUNS / name, to_toml(settings))}")
+    if failed:
+        raise Refusal("\n".join([*failed, AGAIN]))
 
 
 def plan(settings: ArmsSettings, entries: Sequence[Entry]) -> Iterator[str]:

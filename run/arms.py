@@ -1,7 +1,7 @@
 """Arms: runs that differ in what is compared alone, made of one file and all checked before one of them starts."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,12 @@ from pydantic import Field, PositiveInt, model_validator
 from run.branch import different_past
 from run.config import RunConfig
 from run.folder import RUNS, refuse_other_run
+from run.scale import scaled
 from settings import Refusal, Section, Table, apply_override, nearest, read_table, validate
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_-]*$"
+WAY_OUT = "move that folder away to train the run anew, or give the comparison another --name"
+"""Of a folder that is taken, where many runs are."""
 
 
 class Claim(Section):
@@ -22,7 +25,7 @@ class Claim(Section):
     above: tuple[str, ...] = Field(min_length=1)
     below: tuple[str, ...] = Field(min_length=1)
     length: PositiveInt
-    """Of the samples whose scores are compared."""
+    """Of the samples whose scores are compared, as they are asked: with a `scale`, what it leaves of theirs."""
     task: str = "needle"
 
 
@@ -32,7 +35,11 @@ class ArmsSettings(Section):
     bases: dict[str, str] = Field(min_length=1)
     """A run's configuration file for each, relative to this one."""
     arms: dict[str, dict[str, Any]] = Field(min_length=1)
-    """What each arm does otherwise than its base: keys of a run's configuration, items of arrays by their number."""
+    """What each arm does otherwise than its base: keys of a run's configuration, items of arrays by their number.
+
+    Tables are merged with what is there, unless their kind is another one. Under a key in quotes, as in
+    `"context.stages.1.mixture" = { books = 1.0 }`, a table takes the place of the whole one; so in `every` and `base`.
+    """
     only: tuple[str, ...] = ()
     """Of bases and arms, those that run; left out, all."""
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
@@ -107,16 +114,40 @@ def read_arms(path: Path, overrides: Sequence[str], *, is_small: bool = False) -
     return validate(table, ArmsSettings, str(path))
 
 
+def with_keys(table: Table, keys: Table, where: str) -> Table:
+    """The table with `keys` laid over it; one in quotes is a path, and what stands under it is merged with nothing."""
+    for key, value in keys.items():
+        path = key.split(".")
+        table = put(table, path, value, where) if len(path) > 1 else laid_over(table, {key: value}, where)
+    return table
+
+
 def laid_over(old: Any, new: Any, where: str) -> Any:
     """`old` with the keys of `new`: tables of one kind are merged, items of arrays are reached by number."""
     if isinstance(old, list) and isinstance(new, Mapping):
-        unknown = [name for name in new if not (name.isdigit() and int(name) < len(old))]
-        if unknown:
-            raise Refusal(f"{where}.{unknown[0]}: is no item of an array of {len(old)}; use a number below {len(old)}")
+        _check_numbers(new, old, where)
         return [laid_over(item, new.get(str(n), item), f"{where}.{n}") for n, item in enumerate(old)]
     if isinstance(old, Mapping) and isinstance(new, Mapping) and new.get("kind", old.get("kind")) == old.get("kind"):
         return {**old, **{key: laid_over(old.get(key), value, f"{where}.{key}") for key, value in new.items()}}
     return new
+
+
+def put(old: Any, path: Sequence[str], new: Any, where: str) -> Any:
+    """`old` with `new` at the end of the path, in place of all that was there."""
+    if not path:
+        return new
+    name, *rest = path
+    if isinstance(old, list):
+        _check_numbers([name], old, where)
+        return [put(item, rest, new, f"{where}.{n}") if str(n) == name else item for n, item in enumerate(old)]
+    table = old if isinstance(old, Mapping) else {}
+    return {**table, name: put(table.get(name), rest, new, f"{where}.{name}")}
+
+
+def _check_numbers(names: Iterable[str], items: list[Any], where: str) -> None:
+    for name in names:
+        if name not in map(str, range(len(items))):
+            raise Refusal(f"{where}.{name}: is no item of an array of {len(items)}; use a number below {len(items)}")
 
 
 def expand(settings: ArmsSettings, path: Path, name: str) -> list[Entry]:
@@ -132,26 +163,27 @@ def expand(settings: ArmsSettings, path: Path, name: str) -> list[Entry]:
     ]
     check_branches(entries)
     for entry in entries:
-        refuse_other_run(entry.folder, entry.config)
+        refuse_other_run(entry.folder, entry.config, WAY_OUT)
     return entries
 
 
 def _runs(settings: ArmsSettings, path: Path, base: str, seed: int, name: str) -> Iterator[Entry]:
     """The runs of one base and seed."""
-    table = laid_over(read_table(path.parent / settings.bases[base]), settings.every, "every") | {"seed": seed}
+    table = with_keys(read_table(path.parent / settings.bases[base]), settings.every, "every") | {"seed": seed}
     shared, stage = f"{name}.{base}.{seed}", settings.branch_stage
     branch: Table = {}
     if stage is not None:
-        until = _until_stage(laid_over(table, settings.base, "base"), stage)
+        until = _until_stage(with_keys(table, settings.base, "base"), stage)
         yield Entry(_checked(until, shared), base, seed, None)
         branch = {"branch": {"run": str(RUNS / shared), "stage": stage}}
     for arm in settings.chosen_arms:
-        changed = laid_over(table, settings.arms[arm], f"arms.{arm}")
-        yield Entry(_checked(changed | branch, f"{shared}.{arm}"), base, seed, arm)
+        otherwise = with_keys(table, settings.arms[arm], f"arms.{arm}")
+        yield Entry(_checked(otherwise | branch, f"{shared}.{arm}"), base, seed, arm)
 
 
 def _checked(table: Table, name: str) -> RunConfig:
-    return validate(table | {"name": name}, RunConfig, name)
+    # The numbers of arms are those of their base before its scale, as those of a file that extends another.
+    return validate(scaled(table | {"name": name}, name), RunConfig, name)
 
 
 def _until_stage(table: Table, stage: int) -> Table:
@@ -162,7 +194,7 @@ def _until_stage(table: Table, stage: int) -> Table:
             f"branch_stage={stage}: the base has {len(stages)} stages, 0 to {len(stages) - 1}; name a later one"
         )
     kept = stages[:stage]
-    return {**table, "context": {**table["context"], "stages": kept}, "total_tokens": kept[-1]["until_tokens"]}
+    return {**table, "context": {**table["context"], "stages": kept}, "total_tokens": kept[-1].get("until_tokens")}
 
 
 def check_branches(entries: Sequence[Entry]) -> None:

@@ -218,7 +218,8 @@ def read_checkpoint(
     """
     path = Path(path)
     if not path.is_dir():
-        raise Refusal(f"{path}: no such folder; give a run's folder or one of its checkpoints/step_… folders")
+        why = "is a file" if path.exists() else "a link that leads nowhere" if path.is_symlink() else "no such folder"
+        raise Refusal(f"{path}: {why}; give a run's folder or one of its checkpoints/step_… folders")
     if (path / MANIFEST).is_file() or path.name.startswith("step_"):
         try:
             return _read_for_evals(path)

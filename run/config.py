@@ -29,6 +29,11 @@ from run.plans import tell_plans, whole_documents
 from run.scale import scaled
 from settings import Refusal, Section, nearest, read, to_toml, validate
 
+MOST_RANKS = 1 << 16
+"""That hold a row together: how they share it is laid out for all of them, on each."""
+MOST_TOKENS = 1 << 28
+"""Of a step, for each rank or group of ranks, which takes its rows of a step at once: some 10 GB in its memory."""
+
 
 class LogSettings(Section):
     every_steps: PositiveInt = 10
@@ -49,6 +54,7 @@ class RunConfig(Section):
     name: str = Field(default="", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")
     """The run's folder below runs/; left out, the name of the configuration file."""
     total_tokens: PositiveInt
+    """What the last stage's `until_tokens` says; like every stage, the run ends with the whole step that reaches it."""
     tokens_per_step: int = Field(gt=0, le=2**40)
     """Tokens in one optimizer step over all ranks and micro-batches; the same at every sequence length."""
     tokens_per_microbatch: PositiveInt | None = None
@@ -129,6 +135,8 @@ class RunConfig(Section):
     def check_parallel(self) -> "RunConfig":
         check_experts(self.parallel, self.model.moe.num_experts if self.model.moe else None)
         for size, key in self.all_row_ranks.items():
+            if size > MOST_RANKS:
+                raise ValueError(f"{key}={size} is above {MOST_RANKS}, the most ranks that can hold a row together")
             check_context(self.parallel.model_copy(update={"context": size}), self.model, key)
         return self
 
@@ -167,10 +175,16 @@ class RunConfig(Section):
     def check_sources(self) -> "RunConfig":
         sources = self.data.sources
         for number, stage in enumerate(self.context.stages):
-            for name in stage.mixture:
-                if name not in sources:
+            key, own = f"context.stages.{number}", {name: source.weight for name, source in sources.items()}
+            for table, names in (("mixture", stage.mixture), ("buckets", stage.buckets)):
+                for name in names:
+                    if name not in sources:
+                        raise ValueError(f"{key}.{table}.{name}: no source of that name{nearest(name, list(sources))}")
+            for name in stage.buckets:
+                if not (stage.mixture or own).get(name):
                     raise ValueError(
-                        f"context.stages.{number}.mixture.{name}: no source of that name{nearest(name, list(sources))}"
+                        f"{key}.buckets.{name}: the stage takes nothing of this source; give it a share in "
+                        f"{key}.mixture, or leave its buckets out"
                     )
         return self
 
@@ -196,6 +210,11 @@ def rows_of_step(config: RunConfig, step: StepPlan, world_size: int) -> int:
             f"{step.stage.step_key}={step.num_tokens} does not divide among {world_size} {who} into micro-batches of "
             f"whole rows of {step.sequence_length} tokens; try tokens_per_step={near}, other ranks or another "
             f"tokens_per_microbatch (now {config.tokens_per_microbatch or 'left out'})"
+        )
+    if step.num_tokens // world_size > MOST_TOKENS:
+        raise Refusal(
+            f"{step.stage.step_key}={step.num_tokens} gives each of {world_size} ranks more than {MOST_TOKENS} tokens "
+            "to hold at once; use smaller steps or more ranks"
         )
     return tokens // step.sequence_length
 

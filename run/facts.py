@@ -26,8 +26,8 @@ class StageFacts:
 
     @property
     def name(self) -> str:
-        """`stage 2 (length 512)`."""
-        return f"stage {self.index + 1} (length {self.sequence_length})"
+        """`stage 1 (length 512)`, counted from 0 as in the configuration."""
+        return f"stage {self.index} (length {self.sequence_length})"
 
 
 @dataclass(frozen=True)

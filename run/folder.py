@@ -12,6 +12,8 @@ from run.metrics import read_rows
 from settings import Refusal, to_toml
 
 RUNS = Path("runs")
+WAY_OUT = "use --fresh to start anew beside it, or name=... for a run of its own"
+"""Of a folder that is taken, where one run is started."""
 _held: dict[Path, IO[str]] = {}  # flock knows open files, not processes: opened twice, we would lock ourselves out
 
 
@@ -27,8 +29,8 @@ def choose_name(config: RunConfig, fresh: bool) -> str:
     return name
 
 
-def refuse_other_run(folder: Path, config: RunConfig) -> None:
-    """Raise Refusal when a folder holds something else than a run of this configuration.
+def refuse_other_run(folder: Path, config: RunConfig, way_out: str = WAY_OUT) -> None:
+    """Raise Refusal, with the way out, when a folder holds something else than a run of this configuration.
 
     A run that has neither a checkpoint nor a row of metrics has nothing to lose: its folder is free.
     """
@@ -36,16 +38,13 @@ def refuse_other_run(folder: Path, config: RunConfig) -> None:
         return
     recorded = folder / "config.toml"
     if not recorded.exists():
-        raise Refusal(f"{folder}: is not empty and holds no config.toml, so it is no run; choose another name=...")
+        raise Refusal(f"{folder}: is not empty and holds no config.toml, so it is no run; {way_out}")
     if not has_progress(folder):
         return
-    lines = changed(_load_recorded(recorded), config)
+    lines = changed(_load_recorded(recorded, way_out), config)
     if lines:
         listed = "\n  ".join(lines[:8] + ([f"and {len(lines) - 8} more"] if len(lines) > 8 else []))
-        raise Refusal(
-            f"{folder}: holds a run of another configuration:\n  {listed}\n"
-            f"use --fresh to start anew beside it, or name=... for a run of its own"
-        )
+        raise Refusal(f"{folder}: holds a run of another configuration:\n  {listed}\n{way_out}")
 
 
 def has_progress(folder: Path) -> bool:
@@ -106,13 +105,13 @@ def read_table(path: Path) -> dict[str, Any]:
     return table
 
 
-def _load_recorded(path: Path) -> RunConfig:
+def _load_recorded(path: Path, way_out: str) -> RunConfig:
     try:
         return read_recorded(path.read_text(encoding="utf-8"), RunConfig, str(path))
     except ValueError as error:
         raise Refusal(
-            f"{error}\n{path} is damaged or of another version: put a good copy back (each checkpoint holds one), "
-            f"or use --fresh to start anew"
+            f"{error}\n{path} is damaged or of another version: put a good copy back (each checkpoint holds one); "
+            f"or {way_out}"
         ) from None
 
 

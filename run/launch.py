@@ -1,19 +1,31 @@
-"""Training of many runs, some at a time, each a process of its own that can be stopped and continued."""
+"""Training of many runs, checked before the first begins: some at a time, each a process that can be continued."""
 
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.batches import Batches
+from evals.scoring import Materials
+from evals.suite import check_suite
+from parallel.experts import expert_mesh
+from parallel.replicate import World
+from parallel.sequence import build_row_groups
 from run.arms import Entry
+from run.config import rows_of_step
+from run.demand import demand_of
+from run.start import choose_device
 from settings import Refusal, to_toml
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 PAUSE = 0.1
 """Seconds between two looks at the runs."""
+LAST_LINES = 6
+"""Of what a run that failed has printed, that are said again."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +38,42 @@ class Started:
     since: float
 
 
-def train_all(entries: Sequence[Entry], folder: Path, jobs: int, say: Callable[[str], None]) -> None:
+def check_runs(entries: Sequence[Entry]) -> None:
+    """Prepare the data of all that are not finished, and refuse, by its name, the first that could not be trained."""
+    opened: dict[str, Batches] = {}
+    for config in (entry.config for entry in entries if not entry.is_finished):
+        try:
+            device = choose_device(config.device)
+            build_row_groups(config.parallel, config.all_row_ranks, World(), device)
+            expert_mesh(config.parallel, World(), device)
+            data = to_toml(config.data)
+            batches = opened[data] = opened.get(data) or Batches(config.data, seed=config.seed)
+            for step in config.stages.first_steps():
+                batches.check(demand_of(step, batches))
+                rows_of_step(config, step, 1)
+            check_suite(config.evals, Materials(batches.tokenizer, batches.all_held_out(), device, nullcontext))
+        except Refusal as refusal:
+            raise Refusal(f"{config.name}: {refusal}") from None
+
+
+def train_all(entries: Sequence[Entry], folder: Path, jobs: int, say: Callable[[str], None]) -> list[str]:
     """Train those that are not finished, `jobs` at a time, none before the run it branches from is finished.
 
-    folder: where each leaves its configuration, as `python train.py` takes it, and what it printed. Raises Refusal
-    when one of them fails, once those that train beside it are done; then, as after Ctrl-C, the same command goes on.
+    folder: where each leaves its configuration, as `python train.py` takes it, and what it printed. Returns a line for
+    each that failed, with its last words, and for those that wait for it; after that, as after Ctrl-C, the same call
+    goes on.
     """
     waiting = [entry for entry in entries if not entry.is_finished]
     total, running, failed = len(waiting), list[Started](), list[Started]()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        while running or (waiting and not failed):
+        while True:
             ready = [entry for entry in waiting if _may_start(entry, entries)]
-            for entry in ready[: 0 if failed else jobs - len(running)]:
+            for entry in ready[: jobs - len(running)]:
                 waiting.remove(entry)
                 running.append(_start(entry, folder, jobs))
+            if not running:
+                break
             time.sleep(PAUSE)
             for started in [each for each in running if each.process.poll() is not None]:
                 running.remove(started)
@@ -53,9 +86,14 @@ def train_all(entries: Sequence[Entry], folder: Path, jobs: int, say: Callable[[
         # Ctrl-C has reached them as well: they save where they are.
         for started in running:
             started.process.wait()
-    if failed:
-        last = failed[0].log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-8:]
-        raise Refusal("\n  ".join([f"{failed[0].entry.config.name}: did not finish; {failed[0].log} ends with", *last]))
+    return [_last_words(started) for started in failed] + [
+        f"{entry.config.name}: waits for the run that it branches from" for entry in waiting
+    ]
+
+
+def _last_words(failed: Started) -> str:
+    lines = failed.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
+    return "\n  ".join([f"{failed.entry.config.name}: did not finish; {failed.log} ends with", *lines])
 
 
 def _may_start(entry: Entry, entries: Sequence[Entry]) -> bool:

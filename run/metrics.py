@@ -137,7 +137,7 @@ class ProgressLine:
             self._print_line()
 
     def describe(self, row: Mapping[str, Any]) -> str:
-        """`1.2M/6.6M tokens  loss 2.134  41K tokens/s  2:10 left  stage 1 (128)`."""
+        """`1.2M/6.6M tokens  loss 2.134  41K tokens/s  2:10 left  stage 1 (length 128)`."""
         parts = [f"{short(row['tokens'])}/{short(self.total_tokens)} tokens"]
         if row.get("loss") is not None:
             parts.append(f"loss {row['loss']:.3f}")
@@ -146,7 +146,7 @@ class ProgressLine:
             parts.append(f"{clock(max(0, self.total_tokens - row['tokens']) / self._speed)} left")
         if row.get("stage") is not None:
             length = f" (length {row['sequence_length']})" if "sequence_length" in row else ""
-            parts.append(f"stage {row['stage'] + 1}{length}")
+            parts.append(f"stage {row['stage']}{length}")
         return "  ".join(parts)
 
     def _print_line(self) -> None:

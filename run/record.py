@@ -148,7 +148,7 @@ class Recorder:
             self._show_loads(self.metrics, rows)
             is_boundary = before is not None or progress.tokens == stage.until_tokens
             if is_boundary and any(cell.task == "needle" for cell in cells):
-                when = f"{'after' if before is None else 'at the start of'} stage {stage.index + 1}"
+                when = f"{'after' if before is None else 'at the start of'} stage {stage.index}"
                 self._show_needles(cells, when, where["trained_length"])
         self.run.world.wait()
         self._restart_window()

@@ -68,22 +68,24 @@ def scaled(table: Table, where: str) -> Table:
     return dict(shrunk)
 
 
-def exactly(value: int, scale: int) -> int:
-    """Raises ValueError where a rest is left."""
+def exactly(value: int | float, scale: int) -> int | float:
+    """Raises ValueError where a rest is left. What is no whole number is left for the schema to refuse by name."""
+    if isinstance(value, float):
+        return value
     if value % scale:
         near = max(1, round(value / scale)) * scale
         raise ValueError(f"is not a multiple of scale={scale}; try a scale that divides it, or {near}")
     return value // scale
 
 
-def upwards(value: int, scale: int) -> int:
-    return -(-value // scale)
+def upwards(value: int | float, scale: int) -> int | float:
+    return value if isinstance(value, float) else -(-value // scale)
 
 
 def _told(divide: Callable[[Any, int], Any], scale: int, where: str, value: Any, key: str) -> Any:
     try:
         return divide(value, scale)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise Refusal(f"{where}: {key}={value} {error}") from None
 
 

@@ -7,8 +7,11 @@ import pytest
 import compare
 from run import launch
 from run.arms import expand, read_arms
+from run.start import refusing
+from settings import Refusal
 from tests.run.test_arms import ARMS, BASE
 from tests.run.test_launch import TRAINER
+from tests.words import write_words
 
 ASKED = """
 import json
@@ -27,6 +30,7 @@ rows = [row | begin | {"stage": 1, "moment": "start"}, row | {"step": 3, "tokens
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A comparison whose runs answer at once what their arm's name says."""
     monkeypatch.chdir(tmp_path)
+    write_words(tmp_path)
     (tmp_path / "a.toml").write_text(BASE)
     (tmp_path / "b.toml").write_text(BASE)
     (tmp_path / "arms.toml").write_text(ARMS)
@@ -68,6 +72,43 @@ def test_reports_of_what_is_there_so_far(path: Path, capsys: pytest.CaptureFixtu
         "few.a.0.none",
         "few.a.0.yarn",
     }
+
+
+def test_an_arm_that_fails_is_told_of_beside_what_the_others_have_shown(
+    path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    few = (path, "seeds=[0]", "only=['a']")
+    Path("fail_arms.a.0.none").touch()
+    assert refusing(lambda: call(*few)) == 2
+    said = capsys.readouterr()
+    assert "[3/3]" in said.out and "arms.a.0.yarn: trained" in said.out and Path("runs/arms/comparison.html").is_file()
+    assert "refused: arms.a.0.none: did not finish" in said.err and "another --name" in said.err
+    Path("fail_arms.a.0.none").unlink()
+    call(*few)
+    assert capsys.readouterr().out.count("trained in") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("context.stages.1.buckets.words = [{ from_tokens = 100_000, share = 1.0 }]", r"words"),
+        ('evals = { tasks = ["needle"], needle = { lengths = [64], haystack = "books" } }', r"books"),
+        ('data.sources.more = { kind = "text", path = "missing.txt", weight = 0.0 }', r"missing.txt"),
+        ("context.stages.1.tokens_per_step = 1_073_741_824", r"tokens_per_step=1073741824"),
+        ("parallel.context = 2", r"parallel.context=2 does not divide the 1 ranks"),
+        ("parallel.expert = 2", r"parallel.expert=2 does not divide the 1 ranks"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--show", "--small"])
+def test_what_one_arm_could_not_be_trained_on_is_refused_before_any_trains(
+    path: Path, key: str, expected: str, option: str
+) -> None:
+    experts = "every.model.moe = { num_experts = 4, experts_per_token = 2, expert_width = 8 }\n"
+    path.write_text(experts + ARMS.replace("[arms.yarn]", f"[arms.yarn]\n{key}"))
+    with pytest.raises(Refusal, match=rf"^few.a.[03].yarn: .*{expected}"):
+        call(path, "--name=few", option)
+    assert not Path("runs").exists()
+    call(path, "--name=few", "--report")
 
 
 def test_the_shipped_demonstration_shares_one_base_among_seven_arms(monkeypatch, tmp_path: Path) -> None:

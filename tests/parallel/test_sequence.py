@@ -265,6 +265,18 @@ def case_three_steps_of_a_stage_that_grows() -> None:
             check_steps(f"{growth}, {parallel}", OwnRows(this_world(), *grows, parallel), expected)
 
 
+def case_three_steps_of_layers_that_rotate_each_in_their_own_way() -> None:
+    """Full layers by a scaled rotation, window layers by another one, and layers by none."""
+    layers = ("model.num_layers=3", "model.pattern=['full', 'window', 'full_nope']")
+    full = "{kind = 'yarn', base = 1e4, factor = 4.0, original_length = 32}"
+    mapped = (*layers, f"context.stages.0.rotary={{full = {full}, window = {{kind = 'default', base = 100.0}}}}")
+    everywhere = record_of(Training(ALONE, *layers, f"context.stages.0.rotary={full}"), 1)[0][0]
+    assert abs(float(whole_steps(*mapped)[0][0].loss - everywhere.loss)) > 1e-4
+    for context in contexts():
+        parallel = f"parallel={{context = {context}, sequence = {{full = 'ring', window = 'groupcast'}}}}"
+        check_steps(f"rotations, {parallel}", Training(this_world(), *mapped, parallel), whole_steps(*mapped))
+
+
 def case_a_rank_with_other_documents_is_found_out() -> None:
     """Every rank says so, and none waits."""
     training = Training(this_world(), f"parallel.context={dist.get_world_size()}")

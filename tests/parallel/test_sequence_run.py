@@ -60,6 +60,7 @@ def assert_same_numbers(ours: str, theirs: str, tolerance: float = 1e-5) -> None
         assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=10 * tolerance)
         for key in ("max_violation", "dead_experts", "documents", "learning_rate"):
             assert row[key] == pytest.approx(expected[key], abs=1e-6), (key, row["step"])
+        assert row["distances"] == expected["distances"] and row["distances"][0] > 0, row["step"]
 
 
 @contextmanager

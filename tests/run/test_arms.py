@@ -4,14 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from run.arms import Entry, expand, laid_over, read_arms
+from run.arms import Entry, expand, laid_over, read_arms, with_keys
+from run.config import load_config
 from settings import Refusal, to_toml
+
+ROOT = Path(__file__).parents[2]
 
 BASE = """
 total_tokens = 192
 tokens_per_step = 64
 model = { num_layers = 1, width = 16, feed_forward_width = 16, attention = { num_heads = 2, num_kv_heads = 2 } }
-data.sources.python = { kind = "local_python" }
+data.sources.words = { kind = "text", path = "words.txt" }
 optimizer = { kind = "adamw", learning_rate = 1e-3 }
 
 [[context.stages]]
@@ -115,6 +118,64 @@ def test_tables_of_one_kind_are_merged_and_items_reached_by_number() -> None:
     assert old == {"list": [{"a": 1, "b": 2}, {"a": 3}], "x": {"kind": "p", "y": 1}}, "left as it was"
 
 
+def test_a_key_in_quotes_takes_the_place_of_a_whole_table(comparison: Path) -> None:
+    """So that what a base says can be taken back; the same key without quotes is merged with it."""
+    sources = "".join(f'data.sources.{name} = {{ kind = "text", path = "{name}.txt" }}\n' for name in "pq")
+    stage = "sequence_length = 64\nmixture = { p = 0.5, q = 0.5 }\nbuckets.p = [{ from_tokens = 2, share = 1.0 }]\n"
+    Path("a.toml").write_text(sources + BASE.replace("sequence_length = 64\n", stage))
+    comparison.write_text(
+        ARMS.replace(
+            "[arms.none]",
+            """[arms.merged]
+context.stages.1.mixture = { p = 1.0 }
+[arms.whole]
+"context.stages.1.mixture" = { p = 1.0 }
+"context.stages.1.buckets" = {}
+context.stages.1.sequence_length = 32
+[arms.none]""",
+        )
+    )
+    found = runs(comparison, "seeds=[0]", "only=['a']")
+    arms = {name: found[f"t.a.0.{name}"].config.context.stages[1] for name in ("none", "merged", "whole")}
+    assert arms["none"].mixture == {"p": 0.5, "q": 0.5} and list(arms["none"].buckets) == ["p"]
+    assert arms["merged"].mixture == {"p": 1.0, "q": 0.5} and list(arms["merged"].buckets) == ["p"]
+    assert arms["whole"].mixture == {"p": 1.0} and arms["whole"].buckets == {}
+    assert arms["whole"].sequence_length == 32 and arms["whole"].rotary == arms["none"].rotary
+
+
+def test_what_is_put_stands_at_its_path_and_nothing_else_changes() -> None:
+    old = {"a": [{"b": {"c": 1}, "d": 2}, {"d": 3}], "e": 4}
+    assert with_keys(old, {"a.0.b": {"x": 1}}, "") == {"a": [{"b": {"x": 1}, "d": 2}, {"d": 3}], "e": 4}
+    assert with_keys(old, {"a": {"0": {"b": {"x": 1}}}}, "")["a"][0]["b"] == {"c": 1, "x": 1}
+    assert with_keys(old, {"f.kind": "g"}, "")["f"] == {"kind": "g"}
+    assert old == {"a": [{"b": {"c": 1}, "d": 2}, {"d": 3}], "e": 4}, "left as it was"
+    for unknown in ("2", "01", "x"):
+        with pytest.raises(Refusal, match=rf"arms.q.a.{unknown}: is no item of an array of 2; use a number below 2"):
+            with_keys(old, {f"a.{unknown}.d": 5}, "arms.q")
+
+
+def test_a_base_with_a_scale_is_divided_once_arms_are_laid_over_it(comparison: Path) -> None:
+    """Twice of all that counts tokens, under scale 2, are the same runs."""
+    plain = {name: entry.config for name, entry in runs(comparison).items()}
+    twice = {"192": "384", "128": "256", "= 64": "= 128", "= 16\nro": "= 32\nro", "= 16 }": "= 32 }"}
+    model = next(line for line in BASE.splitlines() if line.startswith("model"))
+    base, arms = "scale = 2\n" + BASE.replace(model, "MODEL"), ARMS
+    for before, after in twice.items():
+        base, arms = base.replace(before, after), arms.replace(before, after)
+    Path("a.toml").write_text(base.replace("MODEL", model))
+    comparison.write_text(arms)
+    assert {name: entry.config for name, entry in runs(comparison).items()} == plain
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "context" / "recipes").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_every_recipe_can_be_a_base(comparison: Path, path: Path) -> None:
+    comparison.write_text(f'bases.recipe = "{path}"\n[arms.plain]\n[arms.seeded]\ndata.pack = "best_fit"\n')
+    found = runs(comparison)
+    assert found["t.recipe.0.plain"].config == load_config(path, ["name=t.recipe.0.plain"])
+
+
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
@@ -152,8 +213,11 @@ def test_a_folder_of_another_run_is_refused(comparison: Path) -> None:
     folder = Path("runs/t.b.5.yarn")
     folder.mkdir(parents=True)
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(Refusal, match=r"runs/t.b.5.yarn: is not empty and holds no config.toml"):
+    with pytest.raises(
+        Refusal, match=r"runs/t.b.5.yarn: is not empty and holds no config.toml.*another --name$"
+    ) as refused:
         runs(comparison)
+    assert "--fresh" not in str(refused.value), "which compare.py has not"
 
 
 def test_finished_is_the_last_steps_checkpoint(comparison: Path) -> None:

@@ -24,7 +24,8 @@ from run.config import RunConfig, load_config
 from run.demand import demand_of
 from run.start import Run
 from settings import Refusal
-from tests.test_train import TINY, die_at, write_words
+from tests.test_train import TINY, die_at
+from tests.words import write_words
 
 RESET = "context.stages.1.moments=reset"
 FIRST = "context.stages.0"

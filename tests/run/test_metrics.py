@@ -148,7 +148,7 @@ def test_without_a_terminal_the_first_and_the_last_state_are_plain_lines() -> No
         progress.update({"step": step, "tokens": step * 100, "loss": 2.0, "tokens_per_second": 50.0, "stage": 0})
     progress.close()
     first, last = lines_of(console)
-    assert first == "tiny: 100/1K tokens  loss 2.000  50 tokens/s  0:18 left  stage 1"
+    assert first == "tiny: 100/1K tokens  loss 2.000  50 tokens/s  0:18 left  stage 0"
     assert last.startswith("tiny: 1K/1K tokens") and "\x1b" not in first + last
 
 
@@ -167,7 +167,7 @@ def test_in_a_terminal_the_line_is_alive_and_things_are_shown_above_it() -> None
     progress.show("a needle grid")
     progress.close()
     text = "\n".join(lines_of(console))
-    assert "50%" in text and "loss 1.250" in text and "stage 2 (length 64)" in text and "a needle grid" in text
+    assert "50%" in text and "loss 1.250" in text and "stage 1 (length 64)" in text and "a needle grid" in text
 
 
 def test_numbers_for_people() -> None:

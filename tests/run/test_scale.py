@@ -126,6 +126,19 @@ def test_a_scale_that_is_no_whole_number_is_refused(scale: str) -> None:
         load_config(TINY, [f"scale={scale}"])
 
 
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1.5", "1e308", str(10**400)])
+@pytest.mark.parametrize("key", ["sequence_length", "until_tokens", "growth.rate"])
+def test_no_number_is_too_odd_to_be_refused(key: str, value: str) -> None:
+    """One key of each way to divide; where there is no scale it is the same."""
+    growth = "context.stages.0.growth={kind = 'window', start = 8}"
+    for scale in ("scale=1", "scale=2"):
+        try:
+            load_config(TINY, [growth, f"context.stages.0.{key}={value}", scale])
+            assert key == "growth.rate" and value in {"1.5", "1e308"}
+        except Refusal as refusal:
+            assert f"context.stages.0.{key}=" in str(refusal)
+
+
 def test_a_scale_that_does_not_fit_says_which_key_and_which_would() -> None:
     with pytest.raises(Refusal, match=r"context\.stages\.0\.sequence_length=64 is not a multiple of scale=3; .* or 63"):
         load_config(TINY, ["scale=3"])

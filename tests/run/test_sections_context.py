@@ -53,14 +53,14 @@ def test_the_gate_is_shown_as_asked_and_as_measured(tmp_path: Path) -> None:
     (section,) = gates(facts)
     assert section.table == [
         {
-            "stage": "stage 2 (length 512)",
+            "stage": "stage 1 (length 512)",
             "asked": "needle, length 512",
             "demand": "at least 90% found",
             "measured": "85.0%",
             "verdict": "not met: stop",
         },
         {
-            "stage": "stage 2 (length 512)",
+            "stage": "stage 1 (length 512)",
             "asked": "held_out/web, length 128",
             "demand": "at most +0.020 bits per byte",
             "measured": "2.0000 → 2.0100, +0.0100",
@@ -68,7 +68,7 @@ def test_the_gate_is_shown_as_asked_and_as_measured(tmp_path: Path) -> None:
         },
     ]
     (card,) = [card for card in cards(facts) if card.label.startswith("gate")]
-    assert (card.label, card.value, card.note) == ("gate of stage 2 (length 512)", "not met", "not met: needle")
+    assert (card.label, card.value, card.note) == ("gate of stage 1 (length 512)", "not met", "not met: needle")
 
 
 @pytest.mark.parametrize("lost", [{"score": None}, {"score": None, "before": None, "limit": None}])
@@ -117,9 +117,9 @@ def test_what_was_asked_at_a_start_stands_apart(tmp_path: Path) -> None:
     cells = [{"task": "needle", "length": 128, "depth": 0.5, "score": 0.5, "count": 2, "trained_length": 128}]
     evals = [at(10, 0, **cells[0]), at(10, 1, moment="start", **cells[0])]
     facts = run_of(tmp_path, evals, [])
-    assert [moment.title for moment in facts.moments] == ["after stage 1 (length 128)"]
+    assert [moment.title for moment in facts.moments] == ["after stage 0 (length 128)"]
     facts = run_of(tmp_path, [*evals, at(20, 1, **cells[0])], [])
-    titles = ["after stage 1 (length 128)", "start of stage 2 (length 512)", "after stage 2 (length 512)"]
+    titles = ["after stage 0 (length 128)", "start of stage 1 (length 512)", "after stage 1 (length 512)"]
     assert (
         [moment.title for moment in facts.moments] == [grid.title for grid in needle_grids(facts, "needle")] == titles
     )
@@ -136,10 +136,10 @@ def test_distances_are_means_of_the_steps_and_sums_of_the_stage(
     rows = [at(5, 0, distances=[100, 90, 100]), at(10, 0, distances=[100, 80, 140, 40]), at(15, 1, distances=[100])]
     assert len(list(distances(run_of(tmp_path, [], rows)))) == 1
     share, pairs = panels
-    distance, values = share.series["stage 1 (length 128)"]
+    distance, values = share.series["stage 0 (length 128)"]
     assert distance == [1, 2.5, 5.5] and values == pytest.approx([0.85, 0.60, 0.05])
-    assert pairs.series["stage 1 (length 128)"][1] == pytest.approx([850, 600, 50])
-    assert share.series["stage 2 (length 512)"] == ([], [])
+    assert pairs.series["stage 0 (length 128)"][1] == pytest.approx([850, 600, 50])
+    assert share.series["stage 1 (length 512)"] == ([], [])
 
 
 def test_a_branch_counts_its_own_time_and_says_what_it_is(tmp_path: Path) -> None:

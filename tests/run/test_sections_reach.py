@@ -96,9 +96,9 @@ def test_a_run_asked_once_has_no_curve(folder, drawn):
 def test_loss_by_position_has_a_line_and_a_band_a_stage(folder, drawn):
     (section,) = positions(read_run(folder))
     (panel,) = drawn
-    assert list(panel.series) == ["after stage 1 (length 128)", "after stage 2 (length 512)"] == list(panel.bands)
-    assert panel.series["after stage 2 (length 512)"] == ([32, 96], [2.0, 1.5])
-    assert panel.bands["after stage 1 (length 128)"] == ([1.0, 1.0], [2.5, 2.5]) and "95%" in section.text
+    assert list(panel.series) == ["after stage 0 (length 128)", "after stage 1 (length 512)"] == list(panel.bands)
+    assert panel.series["after stage 1 (length 512)"] == ([32, 96], [2.0, 1.5])
+    assert panel.bands["after stage 0 (length 128)"] == ([1.0, 1.0], [2.5, 2.5]) and "95%" in section.text
 
 
 def test_rows_of_old_runs_have_no_band(folder, drawn):

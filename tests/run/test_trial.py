@@ -23,7 +23,8 @@ from run.needs import gigabytes, needs_of
 from run.start import Run
 from run.trial import forward_and_backward, largest_steps, try_batches
 from settings import Refusal
-from tests.test_train import numbers, scores, write_words
+from tests.test_train import numbers, scores
+from tests.words import write_words
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
 CPU = torch.device("cpu")
