@@ -47,7 +47,6 @@ class Arm:
     seed: int
     name: str
     rows: dict[int, list[Row]]
-    trained_length: int
 
 
 @dataclass(frozen=True)
@@ -168,8 +167,7 @@ def read_arm(folder: Path, base: str, seed: int, name: str) -> Arm | None:
     for row in facts.evals:
         if row["step"] > begin:  # what stands at the branch itself was asked under the rotation of before
             rows.setdefault(row["step"] - begin, []).append(row)
-    trained = facts.stages[-1].sequence_length
-    return Arm(base, seed, name, dict(sorted(rows.items())), trained) if rows else None
+    return Arm(base, seed, name, dict(sorted(rows.items()))) if rows else None
 
 
 def bits_at(rows: Sequence[Row], length: int) -> float | None:

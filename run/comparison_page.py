@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from evals.grid import Grid
 
 GRIDS_IN_A_ROW = 4
+LOG_WIDTH = 160
+"""Characters of a line where no terminal says how many there are: numbers are not cut."""
 Table = tuple[str, list[dict[str, str]]]
 """A title, and rows of the same columns."""
 
@@ -57,6 +59,8 @@ def show(comparison: Comparison) -> None:
     from rich.table import Table as Shown
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
     for title, rows in tables(comparison):
         shown = Shown(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 2, 0, 0))
         for column in rows[0]:
@@ -138,7 +142,7 @@ def _heatmaps(comparison: Comparison, base: str) -> Iterable[ReportSection]:
             row = grids[start : start + GRIDS_IN_A_ROW]
             pictures.append(Picture(f"{base} {moment(steps)}", encode(heatmap.png(row, moment(steps))), is_framed=True))
     if pictures:
-        text = "Share of needles found by length and depth, mean over seeds; dashed: the length that arms train at."
+        text = "Share of needles found by length and depth, mean over seeds; dashed: the length trained at until then."
         yield ReportSection(f"{base}: needles by length and depth", text, pictures)
 
 
@@ -147,15 +151,17 @@ def _grid(arms: Sequence[Arm], name: str, steps: int) -> Iterable["Grid"]:
     from evals.scoring import Cell
 
     scores: dict[tuple[int, float], list[float]] = {}
+    trained_length = None
     for arm in arms:
         for row in arm.rows.get(steps, []):
             if row["task"] == "needle" and row.get("depth") is not None:
                 scores.setdefault((row["length"], row["depth"]), []).append(row["score"])
+                trained_length = row.get("trained_length")
     cells = [
         Cell("needle", length, depth, sum(found) / len(found), len(found)) for (length, depth), found in scores.items()
     ]
     if cells:
-        yield make_grid(cells, name, arms[0].trained_length)
+        yield make_grid(cells, name, trained_length)
 
 
 def _curves(comparison: Comparison, base: str) -> Iterable[ReportSection]:

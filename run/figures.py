@@ -21,6 +21,7 @@ Series = Mapping[str, tuple[Sequence[float], Sequence[float | None]]]
 """Name of a line -> (x, y); a y of None leaves a gap."""
 DPI = 150
 INK, FAINT, GRID, GROUND = "#22272e", "#6b7480", "#e3e6ea", "#ffffff"
+LEGEND: dict[str, Any] = {"fontsize": 8.5, "frameon": False, "labelcolor": INK, "handlelength": 1.4}
 COLOURS = ("#3f7fd0", "#e0803a", "#35a079", "#c9506a", "#8d6fd1", "#a3892e", "#3aa0b5", "#8a8f98")
 
 
@@ -60,10 +61,13 @@ def panels(content: Sequence[Panel], marks: Sequence[Mark] = (), columns: int = 
     row = figure.subplots(1, columns, squeeze=False)[0]
     for axes in row[len(content) :]:
         axes.set_axis_off()
+    is_shared = len(content) > 1 and len({tuple(panel.series) for panel in content}) == 1 < len(content[0].series)
     for axes, panel in zip(row, content, strict=False):
-        _draw_panel(axes, panel)
+        _draw_panel(axes, panel, has_legend=not is_shared)
         if panel.x_label == "tokens":
             _draw_marks(axes, marks)
+    if is_shared:
+        _draw_shared_legend(figure, row[0])
     return figure
 
 
@@ -159,7 +163,7 @@ def _figure(height: float) -> "Figure":
     return figure
 
 
-def _draw_panel(axes: "Axes", panel: Panel) -> None:
+def _draw_panel(axes: "Axes", panel: Panel, *, has_legend: bool = True) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     number_format = FuncFormatter(lambda value, _: short(value))
@@ -193,8 +197,18 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
     if panel.y_ticks:
         axes.set_yticks([place for place, _ in panel.y_ticks], [text for _, text in panel.y_ticks])
     axes.set_ylim(*_limits(panel))
-    if len(panel.series) > 1:
-        axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, handlelength=1.4)
+    if len(panel.series) > 1 and has_legend:
+        axes.legend(**LEGEND)
+
+
+def _draw_shared_legend(figure: "Figure", axes: "Axes") -> None:
+    """One for panels of the same lines, below them, where it covers none."""
+    room, height = 0.28, figure.get_figheight()
+    top, bottom = (1 - figure.subplotpars.top) * height, figure.subplotpars.bottom * height
+    figure.set_figheight(height + room)
+    figure.subplots_adjust(top=1 - top / (height + room), bottom=(bottom + room) / (height + room))
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="lower center", ncols=len(names), **LEGEND)
 
 
 def _limits(panel: Panel) -> tuple[float | None, float | None]:

@@ -32,6 +32,7 @@ SMALL = (
     "evals.every_tokens=10240",
     "evals.held_out.tokens=512",
     "evals.needle.samples=2",
+    "evals.needle.one_haystack=true",  # through the caches of each attention
     "log={every_steps = 10, tensorboard = false}",
 )
 

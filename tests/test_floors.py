@@ -32,7 +32,9 @@ def imported_rooms(path: Path) -> Iterator[str]:
 
 def sources() -> list[Path]:
     files = [ROOT / f"{name}.py" for name in ("settings", "train", "plan", "compare")]
-    return files + [path for room in FLOOR_OF if (ROOT / room).is_dir() for path in sorted((ROOT / room).rglob("*.py"))]
+    return files + [
+        path for room in sorted(FLOOR_OF) if (ROOT / room).is_dir() for path in sorted((ROOT / room).rglob("*.py"))
+    ]
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))

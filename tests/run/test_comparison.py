@@ -44,7 +44,7 @@ def test_an_arms_rows_lie_by_steps_since_it_branched(tmp_path: Path) -> None:
         needle(0.9) | {"stage": 1, "step": BEGIN + 30},
     ]
     arm = read_arm(write(tmp_path / "x", rows), "a", 3, "yarn")
-    assert (arm.base, arm.seed, arm.name, arm.trained_length) == ("a", 3, "yarn", 64)
+    assert (arm.base, arm.seed, arm.name) == ("a", 3, "yarn")
     assert {steps: [row["score"] for row in found] for steps, found in arm.rows.items()} == {
         0: [0.2],
         10: [0.5, 0.7],
@@ -81,7 +81,7 @@ SCORES = {"none": (0.0, 0.1, 0.2), "ntk": (0.1, 0.2, 0.0), "yarn": (0.8, 0.9, 1.
 
 def comparison(scores: dict[str, tuple[float, ...]], settings: ArmsSettings = SETTINGS) -> Comparison:
     arms = [
-        Arm("a", seed, name, {0: [needle(score), needle(score, depth=1.0), position(2.0 - score, 48, 64)]}, 64)
+        Arm("a", seed, name, {0: [needle(score), needle(score, depth=1.0), position(2.0 - score, 48, 64)]})
         for name, of_seeds in scores.items()
         for seed, score in enumerate(of_seeds)
     ]
@@ -149,7 +149,7 @@ def test_tables_have_a_row_an_arm_and_a_column_a_moment() -> None:
 
 
 def test_tables_show_the_moments_that_are_asked_for() -> None:
-    arm = Arm("a", 0, "none", {0: [needle(0.1)], 5: [needle(0.2)], 10: [needle(0.3, length=128)]}, 64)
+    arm = Arm("a", 0, "none", {0: [needle(0.1)], 5: [needle(0.2)], 10: [needle(0.3, length=128)]})
     assert Comparison(SETTINGS, (arm,)).moments == [0, 5, 10]
     some = Comparison(SETTINGS.model_copy(update={"after_steps": (0, 10, 60)}), (arm,))
     assert some.moments == [0, 10] and some.lengths == [64, 128]

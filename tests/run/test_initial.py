@@ -219,7 +219,7 @@ def test_a_mixture_starts_from_a_mixture(here: Path) -> None:
             (*PLAIN, "model.attention={num_heads = 4, num_kv_heads = 2, channels = 4}"),
             "num_heads=2, this configuration 4",
         ),
-        (("initial.checkpoint=words.txt",), "words.txt: no such folder"),
+        (("initial.checkpoint=words.txt",), "words.txt: is a file"),
         (("initial.checkpoint=runs",), "runs: holds no checkpoint"),
     ],
 )

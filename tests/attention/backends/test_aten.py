@@ -144,7 +144,7 @@ def sdpa_on_cuda() -> Sdpa:
     return backend
 
 
-@pytest.mark.parametrize(("build", "lse_ndim"), [(Efficient, 4), (Cudnn, 4), (Cudnn, 3), (sdpa_on_cuda, 4)], ids=str)
+@pytest.mark.parametrize(("build", "lse_ndim"), [(Efficient, 4), (Cudnn, 4), (Cudnn, 3), (sdpa_on_cuda, 4)])
 def test_is_the_plain_one(monkeypatch: pytest.MonkeyPatch, build: Any, lse_ndim: int) -> None:
     operators = Operators(lse_ndim)
     monkeypatch.setattr(aten, "ops", operators)
