@@ -8,26 +8,38 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import keep
+from run.start import refusing
+from settings import Refusal
 
 CONFIG = "configs/evals/induction_heads.toml"
 SHORT = "configs/evals/induction_heads_short.toml"
 PUBLISHED = {256: 100.0, 512: 83.6, 1024: 31.3, 2048: 18.4, 4096: 8.6}
 """Percent (arXiv 2312.00752, table 11); guessing one of fifteen tokens: 6.7."""
 TOKENS_PER_STEP = 2048
+STEPS = 4096
+OURS = {
+    "name": "is where the run is looked for afterwards; give --name instead",
+    "tokens_per_step": f"is the published {TOKENS_PER_STEP}, by which steps are counted; leave it out",
+}
+"""Keys that no override may change, and what to do instead."""
 Row = dict[str, Any]
 
 
 def train(steps: int | None, name: str, overrides: list[str]) -> Path:
-    """The run's folder, trained to so many steps; None: as the short configuration says."""
+    """The run's folder, trained to so many steps; None: as the short configuration says. Where the training does not
+    end well, so does this, with its status."""
     config, words = SHORT, [f"name={name}", *overrides]
     if steps is not None:
         tokens = steps * TOKENS_PER_STEP
         config, words = CONFIG, [f"total_tokens={tokens}", f"context.stages.0.until_tokens={tokens}", *words]
-    subprocess.run([sys.executable, "train.py", config, *words], check=True)
+    status = subprocess.run([sys.executable, "train.py", config, *words], check=False).returncode
+    if status:
+        sys.exit(status if status > 0 else 128 - status)  # a signal's number is negative here
     return Path("runs") / name
 
 
@@ -50,15 +62,20 @@ def table(found: dict[int, Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for the training")
-    parser.add_argument("--steps", type=int, default=4096)
-    parser.add_argument("--short", action="store_true", help=f"train {SHORT} in place of so many steps")
-    parser.add_argument("--name", default="", help="the run's name; left out, induction-heads-STEPS or -short")
-    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/induction_heads.json")
-    arguments = parser.parse_intermixed_args()
-    steps = None if arguments.short else arguments.steps
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what would be dropped in silence, or make the table say what was not trained."""
+    if arguments.short and arguments.steps is not None:
+        raise Refusal(f"--short --steps {arguments.steps}: {SHORT} has its own number of steps; leave one of them out")
+    for override in arguments.overrides:
+        key = override.partition("=")[0].strip().rpartition(".")
+        if key[2] == "tokens_per_step" or "".join(key) == "name":
+            raise Refusal(f"{override}: {OURS[key[2]]}")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Train, print both rows, and with --keep write ours down."""
+    check(arguments)
+    steps = None if arguments.short else STEPS if arguments.steps is None else arguments.steps
     folder = train(steps, arguments.name or f"induction-heads-{steps or 'short'}", arguments.overrides)
     found = last_row(folder)
     print(table(found))
@@ -66,5 +83,16 @@ def main() -> None:
         print(keep("induction_heads", list(found.values())))
 
 
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for the training")
+    parser.add_argument("--steps", type=int, help=f"left out: {STEPS}")
+    parser.add_argument("--short", action="store_true", help=f"train {SHORT} in place of so many steps")
+    parser.add_argument("--name", default="", help="the run's name; left out, induction-heads-STEPS or -short")
+    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/induction_heads.json")
+    return parser.parse_intermixed_args(words)
+
+
 if __name__ == "__main__":
-    main()
+    chosen = parse_arguments()
+    sys.exit(refusing(lambda: main(chosen)))

@@ -21,6 +21,7 @@ from context.stages import Stage
 from data.batches import Batches
 from evals.defaults import choose
 from evals.grid import Grid
+from evals.lengths import trained_length
 from evals.pictures import grids_of, pictures_of
 from evals.scoring import Cell, Materials
 from evals.suite import TASKS, run_suite
@@ -54,9 +55,13 @@ class Loaded:
     config: RunConfig
     materials: Materials
     stage: Stage
-    """The stage that its last step belonged to: its length was trained, its rotary is used."""
+    """The stage that its last step belonged to: its rotary is used."""
     step: int
     tokens: int
+
+    @property
+    def trained_length(self) -> int:
+        return trained_length(self.config.stages, self.tokens)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -71,7 +76,7 @@ def main(arguments: argparse.Namespace) -> None:
     loaded = load_checkpoint(arguments.checkpoint, arguments.device, arguments.at_eval)
     if arguments.rotary is not None:
         loaded.model.use_rotary(read_rotary(arguments.rotary))
-    trained = loaded.stage.sequence_length
+    trained = loaded.trained_length
     settings, left_out = choose(loaded.config.evals, trained, loaded.materials, tasks, lengths)
     for line in left_out:
         print(line)
@@ -172,10 +177,10 @@ def describe(cells: Sequence[Cell], grids: Iterable[Grid]) -> None:
 def write(folder: Path, cells: Sequence[Cell], grids: Mapping[str, Grid], loaded: Loaded) -> None:
     """Write evals.jsonl, a row a cell, and the pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    where = {"stage": loaded.stage.index, "trained_length": loaded.stage.sequence_length}
+    where = {"stage": loaded.stage.index, "trained_length": loaded.trained_length}
     rows = [json.dumps(plain(cell.row(loaded.step, loaded.tokens) | where), allow_nan=False) for cell in cells]
     (folder / CELLS).write_text("".join(row + "\n" for row in rows))
-    pictures = pictures_of(cells, grids, loaded.stage.sequence_length)
+    pictures = pictures_of(cells, grids, loaded.trained_length)
     for name, content in pictures.items():
         (folder / name).write_bytes(content)
     print("written: " + ", ".join(str(folder / name) for name in (CELLS, *pictures)))

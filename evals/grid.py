@@ -24,7 +24,7 @@ class Grid:
     scores_DL: np.ndarray
     """A row a depth, a column a length, NaN where nothing was measured."""
     trained_length: int | None = None
-    """The longest sequence trained on so far."""
+    """The longest sequence that the last stage has trained on so far."""
 
     @property
     def columns_trained(self) -> int | None:

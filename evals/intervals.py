@@ -1,4 +1,4 @@
-"""How far chance may have moved a score: 95% intervals over samples, and over samples that two models were both asked.
+"""How far chance may have moved a score: 95% intervals over samples.
 
 Right or wrong: Wilson's score interval (1927), which Brown, Cai and DasGupta (Statistical Science 2001, section 5)
 advise for 40 samples or fewer; a bootstrap calls 20 right of 20 certain, Wilson says at least 0.84.
@@ -71,39 +71,6 @@ def ratio_interval(above: Numbers, below: Numbers, seed: int = 0, level: float =
     tail = widened_tail(count, (1 - level) / 2)
     low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
     return float(low), float(high)
-
-
-def paired_interval(before: Numbers, after: Numbers, seed: int = 0, level: float = 0.95) -> Interval:
-    """(low, high) around mean(after) - mean(before), where the same samples were asked in the same order.
-
-    Right or wrong: Newcombe's square-and-add of Wilson's limits (Statistics in Medicine 17, 1998, 2635-2650, method
-    10), for twenty samples that stayed as they were do not prove that nothing changed. Else a bootstrap's.
-    """
-    before_S, after_S = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    assert before_S.shape == after_S.shape, f"{before_S.shape} samples before, {after_S.shape} after"
-    both = np.concatenate([before_S, after_S])
-    if not len(both) or not np.isin(both, (0.0, 1.0)).all():
-        return ratio_interval(after_S - before_S, np.ones_like(before_S), seed, level)
-    shares = float(before_S.mean()), float(after_S.mean())
-    limits = [wilson(int(right_S.sum()), len(right_S), level) for right_S in (before_S, after_S)]
-    below_before, below_after = (share - low for share, (low, _) in zip(shares, limits, strict=True))
-    above_before, above_after = (high - share for share, (_, high) in zip(shares, limits, strict=True))
-    alike, difference = likeness(before_S, after_S), shares[1] - shares[0]
-    return (
-        difference - math.sqrt(below_after**2 - 2 * alike * below_after * above_before + above_before**2),
-        difference + math.sqrt(above_after**2 - 2 * alike * above_after * below_before + below_before**2),
-    )
-
-
-def likeness(before_S: np.ndarray, after_S: np.ndarray) -> float:
-    """How the right answers of two lists go together, -1 to 1: phi with Newcombe's correction towards 0."""
-    count, right = len(before_S), (float(before_S.sum()), float(after_S.sum()))
-    both = float((before_S * after_S).sum())
-    product = both * (count - sum(right) + both) - (right[0] - both) * (right[1] - both)
-    scale = math.sqrt(math.prod(number * (count - number) for number in right))
-    if product > 0:
-        product = max(product - count / 2, 0.0)
-    return product / scale if scale else 0.0
 
 
 @cache

@@ -37,12 +37,17 @@ class LastTokensSettings(Section):
 
     @model_validator(mode="after")
     def check_last(self) -> "LastTokensSettings":
-        share = Fraction(min(self.shares))
-        shortest = int(share * self.length)
+        seen = [num_seen(share, self.length) for share in sorted(self.shares)]
+        shortest = seen[0]
         if shortest < 1:
             raise ValueError(
                 f"length={self.length} does not fit: the shortest window, {min(self.shares)} of it, holds no token; "
-                f"use {math.ceil(1 / share)} or more"
+                f"use {math.ceil(1 / as_written(min(self.shares)))} or more"
+            )
+        if len(set(seen)) < len(seen):
+            raise ValueError(
+                f"shares={list(self.shares)} of length={self.length} are {seen} tokens: the same would be asked twice; "
+                "move them apart, or drop one"
             )
         if num_last(self) > shortest:
             raise ValueError(
@@ -50,6 +55,16 @@ class LastTokensSettings(Section):
                 f"length={self.length}; use {shortest} or fewer"
             )
         return self
+
+
+def as_written(share: float) -> Fraction:
+    """0.3 is three tenths here, and not the binary number next to it, of which 1000 tokens have 299."""
+    return Fraction(str(share))
+
+
+def num_seen(share: float, length: int) -> int:
+    """How many tokens of a window its share is."""
+    return int(as_written(share) * length)
 
 
 def num_last(settings: LastTokensSettings) -> int:
@@ -73,7 +88,7 @@ def run(model: nn.Module, settings: LastTokensSettings, materials: Materials, se
         whole = long_windows(materials, name, settings.length, settings.tokens, seed)
         first: Loss | None = None
         for share in sorted(settings.shares):
-            rows = seen_through(whole, int(Fraction(share) * settings.length), num_last(settings))
+            rows = seen_through(whole, num_seen(share, settings.length), num_last(settings))
             loss = sum_up(rows.labels_BT, score_rows(model, materials, rows)[1], materials.tokenizer)
             first = first or loss
             extra = {"loss": loss.per_token, "window": settings.length, **loss.bounds(seed)}

@@ -1,10 +1,11 @@
-"""The rule for what a task is asked at: every length that is named, once, or none of them."""
+"""The rule for what a task is asked at, every length that is named, once, or none of them; and what was trained."""
 
 from collections.abc import Sequence
 from typing import TypeVar
 
 from pydantic import AfterValidator
 
+from context.stages import Stages
 from settings import Refusal
 
 Entries = TypeVar("Entries", bound=tuple[object, ...])
@@ -24,3 +25,13 @@ def check_lengths(key: str, lengths: Sequence[int], least: int, why: str) -> Non
     """Refuse the shortest of `lengths` where it is below `least`: a length left out in silence would look asked."""
     if min(lengths) < least:
         raise Refusal(f"{key}={min(lengths)} does not fit: {why}; use {least} or more")
+
+
+def trained_length(stages: Stages, tokens: int) -> int:
+    """The longest rows, so far, of the stage that the step which ended at `tokens` tokens belonged to.
+
+    Where the length grows inside the stage, that is not yet the length that it leads to.
+    """
+    last = stages.last_step(tokens)
+    steps = last.stage.first_steps()
+    return max(step.sequence_length for step in steps if step.start_tokens <= last.start_tokens)

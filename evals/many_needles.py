@@ -61,7 +61,8 @@ def check(settings: ManyNeedlesSettings, materials: Materials) -> None:
     why = f"needles={settings.needles}, {questions} and one token of haystack take {least} tokens"
     check_lengths("evals.many_needles.lengths", settings.lengths, least, why)
     try:
-        make_sample(settings, materials, 0, form=settings.forms[0], length=longest, number=0)
+        for form in settings.forms:  # the more questions, the less haystack
+            make_sample(settings, materials, 0, form=form, length=longest, number=0)
     except Refusal as refusal:
         raise Refusal(f"evals.many_needles.lengths={longest} does not fit: {refusal}") from None
 

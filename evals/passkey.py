@@ -6,6 +6,7 @@ the depth is given and not drawn.
 """
 
 import re
+from functools import lru_cache
 from itertools import accumulate
 from random import Random
 from typing import Annotated
@@ -51,7 +52,8 @@ class PasskeySettings(Section):
 
 def check(settings: PasskeySettings, materials: Materials) -> None:
     """Refuse lengths that the five lines do not fit."""
-    make_question(materials.tokenizer, min(settings.lengths), 0.0, key=10_000)
+    key = longest_key(materials.tokenizer)  # type: ignore[arg-type]  # a protocol does not say that it is hashable
+    make_question(materials.tokenizer, min(settings.lengths), 0.0, key)
 
 
 def run(model: nn.Module, settings: PasskeySettings, materials: Materials, seed: int) -> list[Cell]:
@@ -71,6 +73,12 @@ def run(model: nn.Module, settings: PasskeySettings, materials: Materials, seed:
                 cell.extra["generated"] = float(np.mean(is_found(answers)))
             cells.append(cell)
     return cells
+
+
+@lru_cache(maxsize=1)  # under a second, but asked again at each evaluation
+def longest_key(tokenizer: Tokenizer) -> int:
+    """The key of most tokens: a tokenizer may have a token for some of them alone."""
+    return max(range(10_000, 100_000), key=lambda key: len(tokenizer.encode(f" {key}")))
 
 
 def draw_key(seed: int, length: int, depth: float, number: int) -> int:

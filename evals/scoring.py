@@ -1,5 +1,6 @@
 """How a model is asked: rows of tokens through one teacher-forced forward pass, and the cells that come back."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -65,8 +66,9 @@ class Cell:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> "Cell":
-        """The cell of one row of `evals.jsonl`, without its stamp."""
+        """The cell of one row of `evals.jsonl`, without its stamp; a score that was no number is NaN again."""
         own = {name: row[name] for name in ("task", "length", "depth", "score", "count")}
+        own["score"] = math.nan if own["score"] is None else own["score"]
         extra = {key: value for key, value in row.items() if key not in own and key not in ("step", "tokens")}
         return cls(**own, extra=extra)
 

@@ -84,7 +84,7 @@ class EvalsSettings(Section):
     at_stage_starts: bool = False
     """Asked at the beginning of each stage after the first: its RoPE has taken over, and no step is made yet."""
     tasks: tuple[str, ...] | None = None
-    """Which of the tables are used; left out, all of them."""
+    """Which of the tables are used; left out, all of them; []: none, a run is asked nothing."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     held_out: HeldOutSettings | None = None
     needle: NeedleSettings | None = None

@@ -17,6 +17,7 @@ from data.batch import Batch
 from data.distances import distances_of
 from data.tokenizer import Tokenizer
 from evals.grid import make_grid
+from evals.lengths import trained_length
 from evals.scoring import Cell
 from moe.telemetry import RoutingMeter
 from parallel.sequence import farthest_view
@@ -141,7 +142,8 @@ class Recorder:
         before: at a stage's start, where its RoPE has taken over and nothing is trained yet, the stage that ended.
         """
         if self.metrics is not None and self.line is not None:
-            where: Row = {"stage": stage.index, "trained_length": (before or stage).sequence_length}
+            trained = trained_length(self.run.config.stages, progress.tokens)
+            where: Row = {"stage": stage.index, "trained_length": trained}
             where |= {} if before is None else {"moment": "start"}
             rows = [{**cell.row(progress.step, progress.tokens), **where} for cell in cells]
             self.metrics.log_evals(progress.step, progress.tokens, rows)
@@ -149,7 +151,7 @@ class Recorder:
             is_boundary = before is not None or progress.tokens == stage.until_tokens
             if is_boundary and any(cell.task == "needle" for cell in cells):
                 when = f"{'after' if before is None else 'at the start of'} stage {stage.index}"
-                self._show_needles(cells, when, where["trained_length"])
+                self._show_needles(cells, when, trained)
         self.run.world.wait()
         self._restart_window()
 
@@ -168,11 +170,11 @@ class Recorder:
             for source, figure in load_figures(rows):
                 metrics.show_figure(f"routing/{source}", figure, rows[0]["step"])
 
-    def _show_needles(self, cells: Sequence[Cell], when: str, trained_length: int) -> None:
+    def _show_needles(self, cells: Sequence[Cell], when: str, trained: int) -> None:
         from evals.terminal import show  # brings matplotlib, which a run's start should not wait for
 
         assert self.line is not None
-        grid = make_grid(cells, f"needle {when}", trained_length)
+        grid = make_grid(cells, f"needle {when}", trained)
         show([grid], self.line.console)
 
     def close(self, progress: Progress, *, is_asked_to_stop: bool) -> None:

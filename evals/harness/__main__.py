@@ -12,6 +12,7 @@ import torch
 
 from data.tokenizer import build_tokenizer
 from evals.__main__ import check_out, read_rotary
+from evals.lengths import trained_length
 from evals.scoring import Materials
 from model.initialize import initialize
 from model.transformer import build_model
@@ -33,12 +34,16 @@ def main(arguments: argparse.Namespace) -> None:
     package = require()
     asked, facts = load(arguments)
     tasks = package.tasks.TaskManager(include_defaults=not all(map(is_file, arguments.tasks)))
-    unknown = [name for name in arguments.tasks if not is_file(name) and not tasks.match_tasks([name])]
+    matches = {name: [name] if is_file(name) else tasks.match_tasks([name]) for name in arguments.tasks}
+    unknown = [name for name, found in matches.items() if not found]
     if unknown:
-        raise Refusal(f"{unknown[0]!r}: lm-eval {package.__version__} has no such task; `lm-eval ls tasks` lists them")
+        raise Refusal(
+            f"{unknown[0]!r}: is no YAML file, and lm-eval {package.__version__} has no such task; `lm-eval ls tasks` "
+            "lists them"
+        )
     found = package.simple_evaluate(
         model=asked,
-        tasks=arguments.tasks,
+        tasks=list(dict.fromkeys(name for names in matches.values() for name in names)),
         num_fewshot=arguments.shots,
         limit=arguments.limit,
         task_manager=tasks,
@@ -80,14 +85,15 @@ def load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     rotary = stage.rotary if arguments.rotary is None else read_rotary(arguments.rotary)
     model.use_rotary(rotary)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    length = stage.sequence_length if arguments.length is None else arguments.length
+    trained = trained_length(config.stages, state["tokens"])
+    length = trained if arguments.length is None else arguments.length
     if length < 1:
         raise Refusal(f"--length {length}: a request has tokens; give 1 or more")
     facts = {
         "checkpoint": str(arguments.checkpoint),
         "step": state["step"],
         "tokens": state["tokens"],
-        "trained_length": stage.sequence_length,
+        "trained_length": trained,
         "length": length,
         "beyond": arguments.beyond,
         "rotary": to_dict(rotary),
@@ -99,7 +105,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def is_file(name: str) -> bool:
     """Whether a task is given by its YAML file."""
-    return name.endswith((".yaml", ".yml"))
+    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

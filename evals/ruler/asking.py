@@ -26,7 +26,7 @@ from settings import Refusal, Section, nearest
 class RulerSettings(Section):
     lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
     """Tokens of the prompt and of what is reserved for the answer, together. RULER: 4096 to 131072."""
-    tasks: Annotated[tuple[str, ...], DISTINCT] | None = None
+    tasks: Annotated[tuple[str, ...], DISTINCT, Field(min_length=1)] | None = None
     """Which of the thirteen; left out, all that the given texts and every one of the lengths allow."""
     samples: PositiveInt = 20
     """Samples of each task and length. RULER: 500."""

@@ -7,6 +7,8 @@ Quoted from NVIDIA/RULER (Apache-2.0): scripts/data/synthetic/constants.py (prom
 
 from dataclasses import dataclass
 
+from evals.passkey import FILLER
+
 
 @dataclass(frozen=True)
 class Template:
@@ -21,7 +23,7 @@ class Template:
         return (self.text + self.answer_prefix).format(**fields)
 
 
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+NOISE = FILLER
 NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 DOCUMENT = "Document {i}:\n{document}"
 

@@ -40,7 +40,8 @@ class Tracking:
         for later, (place, line) in enumerate(zip(sorted(random.sample(range(size), len(chain))), chain, strict=True)):
             lines.insert(place + later, line)
         prompt = before + VARIABLES.fill(context="\n".join(lines), query=value, num_v=len(names))
-        return Sample(prompt, " ".join(names), tuple(names))
+        # A blank at the end of the prompt and one before the answer, both RULER's, as in its solved examples.
+        return Sample(prompt, " " + " ".join(names), tuple(names))
 
     def after(self, example: "Tracking", size: int) -> "Tracking":
         """The same after a solved example of so many lines of noise."""
@@ -49,7 +50,7 @@ class Tracking:
 
 def solved(sample: Sample) -> str:
     """A question with its answer behind it."""
-    return f"{sample.prompt} {sample.answer}\n"
+    return f"{sample.prompt}{sample.answer}\n"
 
 
 def different_names(random: Random, count: int, letters: int) -> list[str]:

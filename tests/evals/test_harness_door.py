@@ -3,10 +3,14 @@
 import importlib.util
 import json
 import re
+import sys
+from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from evals.harness import __main__ as door
 from evals.harness.__main__ import main, parse_arguments
 from model.initialize import initialize
 from model.transformer import build_model
@@ -121,3 +125,43 @@ def test_the_weights_are_the_checkpoints(run, monkeypatch):
     fresh = build_model(asked.model.settings, 257)
     initialize(fresh, 3, "cpu")
     assert torch.equal(asked.model.head_weight, fresh.head_weight) and asked.length == 64
+
+
+def test_the_length_left_out_is_what_was_trained_so_far(run, monkeypatch):
+    """Four steps into a stage whose rows grow from 16 to 64 tokens over forty."""
+    made = SimpleNamespace(HarnessModel=lambda model, materials, length, beyond: length)
+    monkeypatch.setitem(sys.modules, "evals.harness.model", made)
+    folder = run / "checkpoints" / "step_00000004"
+    growing = load_config(run.parent / "tiny.toml", [
+        "total_tokens=10240", "context.stages.0.until_tokens=10240", "context.stages.0.growth.start=16",
+        "context.stages.0.growth.kind=linear",
+    ])  # fmt: skip
+    monkeypatch.setattr(door, "read_recorded", lambda *_: growing)
+    length, facts = door.load(parse_arguments([str(folder), "x", "--device", "cpu"]))
+    assert length == facts["length"] == facts["trained_length"] == 16
+
+
+def test_patterns_are_asked_as_what_they_match_and_files_have_to_be_there(tmp_path, monkeypatch):
+    names, asked = ["arc_challenge", "arc_easy", "hellaswag"], []
+
+    class Manager:
+        def __init__(self, **_):
+            pass
+
+        def match_tasks(self, patterns):
+            return [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+
+    package = SimpleNamespace(
+        __version__="0",
+        tasks=SimpleNamespace(TaskManager=Manager),
+        simple_evaluate=lambda **given: asked.append(given["tasks"]),
+        utils=SimpleNamespace(make_table=str),
+    )
+    monkeypatch.setattr(door, "require", lambda: package)
+    monkeypatch.setattr(door, "load", lambda arguments: (None, {}))
+    (tmp_path / "mine.yaml").touch()
+    ask("run", f"arc_*,{tmp_path / 'mine.yaml'},arc_easy")
+    assert asked == [["arc_challenge", "arc_easy", str(tmp_path / "mine.yaml")]]
+    for wrong in ("nope.yaml", "nope*"):
+        with pytest.raises(Refusal, match=rf"'{re.escape(wrong)}': is no YAML file, and lm-eval 0 has no such task"):
+            ask("run", wrong)

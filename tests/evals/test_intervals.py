@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals.intervals import bounds, interval, paired_interval, ratio_interval, student_below, student_quantile, wilson
+from evals.intervals import bounds, interval, ratio_interval, student_below, student_quantile, wilson
 
 DRAWS = {
     "right or wrong": (lambda rng, n: (rng.random(n) < 0.9).astype(float), 0.9),
@@ -38,32 +38,6 @@ def test_ratios_over_windows_hold_the_truth():
         low, high = ratio_interval(sizes * (1 + sizes / 40 + rng.normal(0, 0.1, size=100)), sizes, seed=trial)
         held.append(low <= truth <= high)
     assert 0.91 <= np.mean(held) <= 0.98
-
-
-def test_paired_differences_hold_the_truth_and_are_narrower_than_two_intervals():
-    rng, held, narrower = np.random.default_rng(1), [], []
-    for _ in range(500):
-        hardness = rng.random(40)
-        before, after = (hardness < 0.5).astype(float), (hardness + rng.normal(0, 0.1, 40) < 0.7).astype(float)
-        low, high = paired_interval(before, after)
-        held.append(low <= 0.2 <= high)
-        narrower.append(high - low < np.diff(interval(before))[0] + np.diff(interval(after))[0])
-    assert 0.93 <= np.mean(held) <= 0.995 and np.mean(narrower) > 0.95
-
-
-def test_unchanged_samples_do_not_prove_that_nothing_changed():
-    low, high = paired_interval([1.0] * 20, [1.0] * 20)
-    assert low == -high and 0.05 < high < 0.2
-    assert paired_interval([0.5, 0.25, 0.5], [0.75, 0.5, 0.75]) == pytest.approx((0.25, 0.25))
-    low, high = paired_interval([0.0] * 4, [1.0] * 4)
-    assert 0 < low < high == 1.0
-    assert (low, high) == pytest.approx([-limit for limit in reversed(paired_interval([1.0] * 4, [0.0] * 4))])
-
-
-def test_a_worked_example_of_newcombe():
-    """Newcombe, Statistics in Medicine 1998, 2635-2650, method 10: 36 right both times, 12 once, 2 the other time."""
-    before, after = np.repeat([1.0, 0.0, 1.0], (36, 12, 2)), np.repeat([1.0, 1.0, 0.0], (36, 12, 2))
-    assert paired_interval(before, after) == pytest.approx((0.0569, 0.3404), abs=1e-4)
 
 
 def test_worked_examples_of_wilson():

@@ -101,6 +101,9 @@ def test_last_tokens_refuse_what_the_shortest_view_does_not_hold():
     with pytest.raises(ValidationError, match=r"length=3 does not fit: .*0.25 of it, holds no token; use 4 or more"):
         LastTokensSettings(length=3)
     LastTokensSettings(length=4)
+    assert [last_tokens.num_seen(share, 1000) for share in (0.3, 0.7, 0.29)] == [300, 700, 290], "as it is written"
+    with pytest.raises(ValidationError, match=r"shares=\[0.5, 0.501\] of length=64 are \[32, 32\] tokens"):
+        LastTokensSettings(length=64, shares=(0.5, 0.501))
     for shares in ((0.0, 1.0), (0.5, 1.5), (0.5, 0.5), ()):
         with pytest.raises(ValidationError):
             LastTokensSettings(length=64, shares=shares)

@@ -93,6 +93,18 @@ def test_the_stage_is_that_of_the_last_step(run_folder):
     assert load_checkpoint(run_folder, "cpu").stage.sequence_length == 64
 
 
+def test_the_trained_length_is_what_its_stage_has_reached(run_folder, monkeypatch, tmp_path, capsys):
+    """Step 3 is the first of a stage whose rows grow from 16 to 64 tokens."""
+    text = (run_folder.parent / "tiny.toml").read_text()
+    growing = text.replace("sequence_length = 64", 'sequence_length = 64\ngrowth = { kind = "linear", start = 16 }')
+    (tmp_path / "tiny.toml").write_text(growing)
+    config = load_config(tmp_path / "tiny.toml", [])
+    monkeypatch.setattr(asking, "read_recorded", lambda *_: config)
+    main(parse_arguments([str(run_folder), "--tasks", "needle", "--lengths", "48", "--out", str(tmp_path / "out")]))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "evals.jsonl").read_text().splitlines()]
+    assert {row["trained_length"] for row in rows} == {16} and "trained at 16" in capsys.readouterr().out
+
+
 def test_weights_are_the_checkpoints(run_folder):
     loaded = load_checkpoint(run_folder, "cpu")
     fresh = build_model(loaded.config.model, 257)

@@ -1,6 +1,7 @@
 """Many needles: each form asks for what it says, at exact lengths, and values are counted one by one."""
 
 import re
+from bisect import bisect_left
 
 import numpy as np
 import pytest
@@ -120,6 +121,11 @@ def test_what_does_not_fit_is_refused(materials) -> None:
         make_sample(settings(), materials, 0, form=form, length=least, number=0)
         with pytest.raises(Refusal, match="no room"):
             make_sample(settings(), materials, 0, form=form, length=least - 1, number=0)
+    sizes = range(200, 50_000)
+    whole = sizes[bisect_left(sizes, True, key=lambda length: not fits(length, ("multi_key",), materials))] - 1
+    several = ("multi_query", "multi_key")
+    assert fits(whole + 1, several[:1], materials) and fits(whole, several, materials)
+    assert not fits(whole + 1, several, materials), "whichever form stands first"
     with pytest.raises(Refusal, match=r"evals.many_needles: needles=25 need different keys"):
         many_needles.check(settings(needles=25, key_letters=1), materials)
     with pytest.raises(Refusal, match=r"lengths=99999 does not fit: .* use a longer text"):
@@ -129,6 +135,14 @@ def test_what_does_not_fit_is_refused(materials) -> None:
     for wrong in ({"needles": 1}, {"forms": ()}, {"forms": ("multi",)}, {"lengths": (150, 150)}):
         with pytest.raises(ValidationError):
             settings(**wrong)
+
+
+def fits(length: int, forms, materials) -> bool:
+    try:
+        many_needles.check(settings(lengths=(length,), forms=forms), materials)
+    except Refusal:
+        return False
+    return True
 
 
 def test_only_values_are_asked(materials, monkeypatch) -> None:

@@ -1,6 +1,7 @@
 """The passkey: exact lengths, whole words, and a key that stands where it was put."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,3 +139,24 @@ def test_the_answers_tokens_are_the_keys(tokenizers) -> None:
     for tokenizer in tokenizers.values():
         answer = make_question(tokenizer, 400, 0.5, 98765).answer
         assert tokenizer.decode(np.asarray(answer)) == " 98765"
+
+
+def test_room_is_counted_for_the_key_of_most_tokens(materials, tmp_path) -> None:
+    """A tokenizer may know some keys as one token."""
+    texts = [passkey.TASK, passkey.QUESTION, passkey.KEY, FILLER, "10000 " * 50]
+    tokenizer = train_bpe(texts, 400, tmp_path / "tokenizer.json")
+    easy, hard = (len(tokenizer.encode(f" {key}")) for key in (10_000, 54_321))
+    assert easy < hard
+    least = next(length for length in range(20, 400) if fits(tokenizer, length, 54_321))
+    assert fits(tokenizer, least - 1, 10_000)
+    asked = replace(materials, tokenizer=tokenizer)
+    with pytest.raises(Refusal, match=rf"lengths={least - 1} does not fit: .*; use {least} or more"):
+        passkey.check(PasskeySettings(lengths=(least - 1,)), asked)
+    passkey.check(PasskeySettings(lengths=(least,)), asked)
+
+
+def fits(tokenizer, length: int, key: int) -> bool:
+    try:
+        return make_question(tokenizer, length, 0.0, key).size == length
+    except Refusal:
+        return False

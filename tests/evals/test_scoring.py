@@ -1,6 +1,7 @@
 """Asking a model: every asked token once, the same however the rows are batched, and the model left as it was."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -113,6 +114,7 @@ def test_cell_survives_its_row():
     assert list(row) == ["step", "tokens", "task", "length", "depth", "score", "count", "answer_logprob"]
     assert (row["step"], row["tokens"]) == (7, 4096)
     assert Cell.from_row(row) == cell
+    assert math.isnan(Cell.from_row({**row, "score": None}).score)
 
 
 def test_extra_fields_hide_nothing():

@@ -107,6 +107,11 @@ def test_the_effective_length_is_the_longest_above_the_threshold(files, material
     assert effective.extra == {"threshold": 0.856} and effective.count == 3
 
 
+def test_no_tasks_are_not_all_of_them(files) -> None:
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        settings(files, tasks=())
+
+
 def test_an_average_is_over_tasks_and_samples(files, materials) -> None:
     asked = settings(files, tasks=("niah_single_1", "niah_single_2"), samples=4, lengths=(700,))
     questions = questions_of(asked, materials)

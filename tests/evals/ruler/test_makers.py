@@ -105,6 +105,14 @@ def test_chains_are_solved_by_following_them(given) -> None:
         assert all(len(name) == 5 for name in references)
 
 
+def test_a_chain_is_asked_as_its_example_is_answered(given) -> None:
+    sample = series(given, "vt").maker.make(Random(1), 0, 5)
+    example = sample.prompt.partition("\n\nMemorize")[0]
+    blanks = len(sample.answer) - len(sample.answer.lstrip())
+    assert re.search(rf"they are: {' ' * blanks}[A-Z]+( [A-Z]+){{4}}$", example)
+    assert sample.prompt.endswith("they are: ") and sample.answer.split() == list(sample.references)
+
+
 def test_the_solved_example_keeps_within_its_tokens_where_it_can(given, bpe) -> None:
     """In bytes even the smallest example takes more, and is taken all the same."""
     few = series(replace(given, tokenizer=bpe), "vt", length=2048)

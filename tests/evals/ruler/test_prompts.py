@@ -172,7 +172,7 @@ EXAMPLES = {
         6,
         {"words": [*NAMES[:5], "VWXYZ", *NAMES[5:]], "numbers": [11111, 22222], "samples": [None, [1, 2, 3, 4, 5]]},
         f"{chain(NAMES[:5], 11111, CHAIN_LINES)} ABC BCD CDE DEF EFG\n\n{chain(NAMES[5:], 22222, LONGER_CHAIN)}",
-        "VWXYZ WXYZA XYZAB YZABC ZABCD",
+        " VWXYZ WXYZA XYZAB YZABC ZABCD",
         NAMES[5:],
     ),
     "cwe": (
