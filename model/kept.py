@@ -10,7 +10,7 @@ from typing import Any
 
 from attention.attention import AttentionSettings, channels_per_head
 from attention.latent import LatentSettings
-from model.size import attention_layer
+from model.size import attention_layer, num_scored
 from model.transformer import ModelSettings
 from moe.layer import MoESettings
 
@@ -150,11 +150,6 @@ def _moe(moe: MoESettings, residual: int, attention: int, width: int, numbers: N
 def _decided(moe: MoESettings) -> int:
     """Logits, probabilities, choices and gates."""
     return FP32 * 2 * num_scored(moe) + (INT64 + FP32) * num_slots(moe)
-
-
-def num_scored(moe: MoESettings) -> int:
-    """Experts that a router scores, null ones included."""
-    return moe.num_experts + (moe.null_experts.count if moe.null_experts else 0)
 
 
 def num_slots(moe: MoESettings) -> int:

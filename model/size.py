@@ -64,9 +64,13 @@ def count(settings: ModelSettings, vocab_size: int) -> Size:
 def _moe_layer(moe: MoESettings, width: int) -> tuple[int, int, int, int]:
     """Parameters of one layer: shared experts and their gate, the router, routed experts, those of them at work."""
     expert = 3 * width * moe.expert_width
-    num_scored = moe.num_experts + (moe.null_experts.count if moe.null_experts else 0)
     shared = moe.num_shared_experts * expert + (width if moe.shared_gate else 0)
-    return shared, num_scored * width, moe.num_experts * expert, moe.experts_per_token * expert
+    return shared, num_scored(moe) * width, moe.num_experts * expert, moe.experts_per_token * expert
+
+
+def num_scored(moe: MoESettings) -> int:
+    """Experts that a router scores, null ones included."""
+    return moe.num_experts + (moe.null_experts.count if moe.null_experts else 0)
 
 
 def flops_per_token(settings: ModelSettings, vocab_size: int, sequence_length: int, causal: bool = True) -> int | float:

@@ -99,6 +99,7 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], dtype: to
 @contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
     """A folder to write in that becomes `target` when all is written; after an error nothing is left of it."""
+    target = target.resolve()  # of `.` there is no name
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise Refusal(f"{target}: is already there; remove it, or name another folder")
     partial = target.with_name(f".partial_{target.name}")
@@ -124,6 +125,11 @@ def _shards(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, most: int
             shard, size = {}, 0
         # Copied: a view would drag all experts along, and safetensors refuses shared memory.
         shard[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        if not shard[name].isfinite().all() and tensor.isfinite().all():
+            raise Refusal(
+                f"--dtype {str(dtype).removeprefix('torch.')}: {name} has a number of {float(tensor.abs().max()):.4g}, "
+                f"and the largest there is {torch.finfo(dtype).max:.3g}; take float32 or bfloat16"
+            )
         size += num_bytes
     yield shard
 

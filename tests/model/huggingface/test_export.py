@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -239,6 +240,27 @@ def test_half_precision_is_rounded_and_said(model, tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     for name, tensor in read_folder(tmp_path / "out").weights.items():
         assert torch.equal(tensor, model.state_dict()[name].bfloat16().float())
+
+
+def test_weights_that_half_precision_does_not_hold_are_refused(model, tmp_path):
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights["embedding.weight"][3, 4] = -70_000.0
+    decoder, origin = Decoder(model.settings, model.rotary.spec), Origin(48, ByteSettings(), 256)
+    with pytest.raises(
+        Refusal, match=r"--dtype float16: model.embed_tokens.weight has a number of 7e\+04, .* 6.55e\+04"
+    ):
+        export(decoder, weights, origin, tmp_path / "out", "float16")
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_empty_folder_may_be_named_by_a_dot(model, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    export_to(model, Path())
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(Refusal, match="out: is already there"):
+        export_to(model, Path())
 
 
 def test_an_export_that_breaks_off_leaves_nothing(model, tmp_path, monkeypatch):
