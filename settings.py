@@ -192,7 +192,7 @@ def _step_into(place: Any, name: str, override: str) -> Any:
 
 
 def _index(items: list[Any], name: str, override: str) -> int:
-    if not name.isdigit() or int(name) >= len(items):
+    if not name.isdecimal() or int(name) >= len(items):
         raise Refusal(f"override {override!r}: {name!r} must be a number below {len(items)}, as that key is an array")
     return int(name)
 

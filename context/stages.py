@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from context.growth import lengths_of, window_of
+from context.growth import WindowGrowth, lengths_of, window_of
 from context.lengths import Lengths, check_length
 from context.rates import Continue, Rewarm, rate_at
 from context.rotary import AnyRotary
@@ -81,8 +81,9 @@ class Stage:
         return (self.step(number) for number in self.lengths.first_steps())
 
     def longest_step(self) -> StepPlan:
-        """The first step of its longest rows."""
-        return max(self.first_steps(), key=lambda step: step.sequence_length)
+        """A step of its longest rows: the first, or, where a window grows, the last, which sees farthest."""
+        step = max(self.first_steps(), key=lambda step: step.sequence_length)
+        return self.step(self.num_steps - 1) if isinstance(self.settings.growth, WindowGrowth) else step
 
     def learning_rate(self, tokens: int) -> float | None:
         """The rate of the step that ends at `tokens`, where the stage has its own schedule; None: the run's goes on."""

@@ -153,7 +153,10 @@ def _parquet(file: Path) -> Iterator[tuple[int, bytes]]:
         from pyarrow import parquet
     except ImportError:
         raise Refusal(f"{file}: Parquet needs the pyarrow package; pip install pyarrow, or give JSONL") from None
-    table = parquet.ParquetFile(file)
+    try:
+        table = parquet.ParquetFile(file)
+    except (ValueError, OSError) as error:
+        raise Refusal(f"{file}: is not Parquet, or damaged ({error}); copy it again") from None
     if "text" not in table.schema_arrow.names:
         raise Refusal(f"{file}: has no column 'text'{nearest('text', table.schema_arrow.names)}")
     number = 0

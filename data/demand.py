@@ -25,6 +25,8 @@ class Demand:
     positions: Consecutive | Pose = field(default_factory=Consecutive)
     stage_length: int | None = None
     """The stage's own length, where rows of several lengths are drawn inside it; None: `sequence_length`."""
+    longest_length: int | None = None
+    """Of all rows of the stage, which is above its own where rows shrink; None: `sequence_length`."""
     where: str = field(default="", compare=False)
     """What a refusal of the demand begins with: its place in the configuration."""
 
@@ -37,7 +39,7 @@ class Demand:
     @property
     def is_longest(self) -> bool:
         """Whether no rows of the stage are longer."""
-        return self.stage_length is None or self.sequence_length >= self.stage_length
+        return self.longest_length is None or self.sequence_length >= self.longest_length
 
     @property
     def key_parts(self) -> tuple[int, ...]:

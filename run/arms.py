@@ -188,7 +188,10 @@ def _checked(table: Table, name: str) -> RunConfig:
 
 def _until_stage(table: Table, stage: int) -> Table:
     """The run that ends where the stage would begin."""
-    stages = table.get("context", {}).get("stages", [])
+    context = table.get("context")
+    stages = context.get("stages", []) if isinstance(context, dict) else None
+    if not isinstance(stages, list) or not all(isinstance(each, dict) for each in stages):
+        raise Refusal("context.stages of the base must be an array of tables; write [[context.stages]] for each")
     if len(stages) <= stage:
         raise Refusal(
             f"branch_stage={stage}: the base has {len(stages)} stages, 0 to {len(stages) - 1}; name a later one"

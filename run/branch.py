@@ -77,7 +77,8 @@ def find_origin(run: "Run", materials: Mapping[str, str]) -> Origin | None:
         )
     try:
         _refuse_other_past(branch, read_recorded(read_text(folder, "config.toml"), type(config), str(folder)), config)
-        digest = str(read_json(folder, MANIFEST).get("digest"))
+        manifest = read_json(folder, MANIFEST)
+        digest = str(manifest.get("digest")) if isinstance(manifest, dict) else ""
     except Damaged as damage:
         raise _damaged(branch, folder, damage) from None
     _refuse_other_data(branch, Path(where), materials)
@@ -111,7 +112,10 @@ def _owner(branch: BranchSettings, config: "RunConfig") -> tuple[str, "RunConfig
         path = Path(where) / "config.toml"
         if not path.is_file():
             raise _refusal(branch, f"{path}: no such file, so {where} is no run; name a run's folder")
-        theirs = read_recorded(path.read_text(encoding="utf-8"), type(config), str(path))
+        try:
+            theirs = read_recorded(path.read_text(encoding="utf-8"), type(config), str(path))
+        except UnicodeDecodeError as error:
+            raise _refusal(branch, f"{path} is not UTF-8 at byte {error.start}; put a good copy back") from None
         if theirs.branch is None or theirs.branch.stage < branch.stage:
             return where, theirs
         where = theirs.branch.run
@@ -136,7 +140,7 @@ def _refuse_other_past(branch: BranchSettings, theirs: "RunConfig", ours: "RunCo
 def different_past(theirs: "RunConfig", ours: "RunConfig", stage: int) -> list[str]:
     """A line for each key that would have made the run different before the stage began.
 
-    Later stages are free, and so are the gates of earlier ones and a source that no earlier stage draws from.
+    Later stages are free, and so are the gates of earlier ones and sources that the other run lacks.
     """
     stages = ours.context.stages
     earlier = [

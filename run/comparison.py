@@ -167,7 +167,13 @@ def read_arm(folder: Path, base: str, seed: int, name: str) -> Arm | None:
     for row in facts.evals:
         if row["step"] > begin:  # what stands at the branch itself was asked under the rotation of before
             rows.setdefault(row["step"] - begin, []).append(row)
-    return Arm(base, seed, name, dict(sorted(rows.items()))) if rows else None
+    told = {steps: [_with_number(row) for row in rows[steps]] for steps in sorted(rows)}
+    return Arm(base, seed, name, told) if rows else None
+
+
+def _with_number(row: Row) -> Row:
+    """A run that went astray has scores that are no numbers; of these the mean over seeds is none either."""
+    return {**row, "score": math.nan} if row["score"] is None else row
 
 
 def bits_at(rows: Sequence[Row], length: int) -> float | None:

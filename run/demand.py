@@ -25,6 +25,7 @@ def demand_of(step: StepPlan, batches: Batches) -> Demand:
         positions=settings.positions,
         where=f"{where}: ",
         stage_length=step.stage.sequence_length,
+        longest_length=step.stage.lengths.longest,
     )
     if settings.mixture_unit == "tokens":
         return demand

@@ -43,10 +43,6 @@ class Forecast:
         """The model's operations."""
         return self.weight_flops + self.attention_flops
 
-    @property
-    def attention_share(self) -> float:
-        return self.attention_flops / self.flops
-
 
 def forecasts(
     config: RunConfig, vocab_size: int, num_ranks: int, device: Device, documents_of: DocumentsOf

@@ -10,6 +10,9 @@ from context.stages import StageSettings
 from evals.scoring import Cell
 from evals.suite import EvalsSettings, tasks_of
 
+ROUNDING = 1e-9
+"""Of a mean of shares: 90 of 100 over five depths may sum to a hair below 0.9."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -29,8 +32,9 @@ class Finding:
 
     @property
     def is_met(self) -> bool:
-        """Whether the demand is met; a number that is none meets nothing."""
-        return self.measured >= self.limit if self.task == "needle" else self.measured <= self.limit
+        """Whether the demand is met; a number that is none meets nothing, and the last bit of a sum decides nothing."""
+        above = self.measured - self.limit
+        return above >= -ROUNDING if self.task == "needle" else above <= ROUNDING
 
     def __str__(self) -> str:
         if self.before is None:

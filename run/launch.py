@@ -77,10 +77,13 @@ def train_all(entries: Sequence[Entry], folder: Path, jobs: int, say: Callable[[
             time.sleep(PAUSE)
             for started in [each for each in running if each.process.poll() is not None]:
                 running.remove(started)
-                if started.process.returncode or not started.entry.is_finished:
+                status, how = started.process.returncode, "trained"
+                if not started.entry.is_finished:
                     failed.append(started)
+                    how = "failed"
+                elif status:  # all is there: its gate was not met, or its report could not be drawn
+                    how = f"trained, ended with status {status} ({started.log})"
                 number, seconds = total - len(waiting) - len(running), time.monotonic() - started.since
-                how = "failed" if started in failed else "trained"
                 say(f"[{number}/{total}] {started.entry.config.name}: {how} in {seconds:.0f} s")
     finally:
         # Ctrl-C has reached them as well: they save where they are.

@@ -11,7 +11,7 @@ from run.figures import Panel, encode, expert_load
 from run.metrics import Row
 from run.page import Picture, ReportSection, drawn, lines
 from run.sections_context import boundaries, distances, gates
-from run.sections_reach import positions, reach, scored
+from run.sections_reach import positions, reach
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ def needle_grids(facts: RunFacts, task: str) -> list[Grid]:
     """One grid for the end of each stage at which the task was asked, and for its beginning where that was asked."""
     grids = []
     for snapshot in facts.moments:
-        cells = [Cell.from_row(scored(row)) for row in snapshot.rows if row["task"] == task]
+        cells = [Cell.from_row(row) for row in snapshot.rows if row["task"] == task]
         if any(cell.depth is not None for cell in cells):
             trained = facts.stages[max(0, snapshot.stage.index - snapshot.is_start)].sequence_length
             grids.append(make_grid(cells, snapshot.title, trained, task=task))

@@ -1,6 +1,5 @@
 """The report's sections on how far a model reaches: effective length, the needle grid over time, loss by position."""
 
-import math
 from collections.abc import Iterable, Sequence
 
 from evals.grid import SHARES_RIGHT, THRESHOLD, Grid, effective_length, make_grid
@@ -38,7 +37,7 @@ def grids_over_time(facts: RunFacts, task: str) -> list[Grid]:
     found = []
     for tokens, rows in _by_tokens(facts, task).items():
         stage = facts.stage_of(rows[0])
-        cells = [Cell.from_row(scored(row)) for row in rows]
+        cells = [Cell.from_row(row) for row in rows]
         if any(cell.depth is not None for cell in cells):
             title, trained = f"{short(tokens)} tokens", stage.sequence_length if stage else None
             found.append(make_grid(cells, title, trained, task=task))
@@ -55,7 +54,7 @@ def _effective_lengths(facts: RunFacts, task: str) -> Iterable[Panel]:
     def height(reached: int) -> int:
         return sum(length <= reached for length in lengths)
 
-    cells = [[Cell.from_row(scored(row)) for row in rows] for rows in by_tokens.values()]
+    cells = [[Cell.from_row(row) for row in rows] for rows in by_tokens.values()]
     handled = [height(effective_length(asked, task=task)) for asked in cells]
     ends = [
         (float(min(tokens, facts.tokens)), height(stage.sequence_length))
@@ -94,11 +93,6 @@ def positions(facts: RunFacts) -> Iterable[ReportSection]:
             "lines read the same ones, they lie closer to each other than bands that touch suggest.",
             [lines("bits per byte by position", pair, facts, len(pair)) for pair in pairs],
         )
-
-
-def scored(row: Row) -> Row:
-    """The row with NaN for a score that was no number."""
-    return {**row, "score": math.nan} if row["score"] is None else row
 
 
 def _by_tokens(facts: RunFacts, task: str) -> dict[int, list[Row]]:

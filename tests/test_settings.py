@@ -146,6 +146,7 @@ def test_overrides_reach_into_tables_arrays_and_new_tables(tmp_path: Path) -> No
         ("choice.kind=ritch", "choice.kind: unknown kind 'ritch'; did you mean 'rich'?"),
         ("sources.web.rate=1.0", "sources.web: needs a kind; known: plain, rich"),
         ("stages.4.num_heads=1", "'4' must be a number below 0"),
+        ("stages.²=1", "'²' must be a number below 0"),
         ("seed", "write section.key=value"),
         ("seed.deeper=1", "seed is a value, not a table"),
     ],

@@ -105,8 +105,8 @@ def test_documents_decomposed_into_powers_of_two() -> None:
 
 def test_decomposed_rows_are_pieces_of_one_document(batches: Batches) -> None:
     """No border and no padding in any row; labels go on where the document does."""
-    for length, stage_length in ((32, 128), (128, None)):
-        demand = Demand(0, length, TEXT, pack="decompose", stage_length=stage_length)
+    for length, longest in ((32, 128), (128, None)):
+        demand = Demand(0, length, TEXT, pack="decompose", longest_length=longest)
         (taken,) = batches.take(demand, 0, 48, 48)
         assert taken.lengths == (length,) * 48 and taken.num_real == taken.num_tokens
         assert (taken.tokens_BT[:, :-1] != END).all()
@@ -117,8 +117,8 @@ def test_decomposed_rows_are_pieces_of_one_document(batches: Batches) -> None:
 def test_what_longer_pieces_hold_is_not_cut_into_shorter_ones(batches: Batches) -> None:
     """An epoch of a stage's shorter length has only what its longest left over of each document."""
     found = []
-    for stage_length in (None, 128):
-        demand = Demand(0, 32, {"code": 1.0}, pack="decompose", stage_length=stage_length)
+    for longest in (None, 128):
+        demand = Demand(0, 32, {"code": 1.0}, pack="decompose", longest_length=longest)
         (taken,) = batches.take(demand, 0, 1000, 1000)
         found.append({row.numpy().tobytes() for row in taken.tokens_BT})
     assert found[1] < found[0] and 10 < len(found[1]) < 68 < len(found[0])

@@ -193,6 +193,7 @@ def test_every_recipe_can_be_a_base(comparison: Path, path: Path) -> None:
         ('b = "b.toml"', 'b = "c.toml"', r"c.toml: no such configuration file"),
         ("seeds = [3, 5]", 'seeds = [3]\nonly = ["yarm"]', r"only: no base and no arm 'yarm'; did you mean 'yarn'"),
         ("seeds = [3, 5]", "seed = 3", r"seed: unknown key"),
+        ("seeds = [3, 5]", "seeds = [3]\nevery.context = 3", r"context.stages of the base must be an array of tables"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_run_starts(comparison: Path, before: str, after: str, words: str) -> None:

@@ -54,6 +54,13 @@ def test_an_arms_rows_lie_by_steps_since_it_branched(tmp_path: Path) -> None:
     assert read_arm(write(tmp_path / "begun", []), "a", 3, "yarn") is None
 
 
+def test_a_score_that_is_no_number_is_told_as_such(tmp_path: Path) -> None:
+    astray = {"score": None, "step": BEGIN + 10}
+    rows = [needle(0.0) | astray, position(0.0, 48, 64) | astray]
+    arm = read_arm(write(tmp_path / "x", rows), "a", 3, "yarn")
+    assert arm is not None and math.isnan(arm.rows[10][0]["score"]) and math.isnan(bits_at(arm.rows[10], 64) or 0.0)
+
+
 def test_estimates_are_students() -> None:
     """Three values of standard deviation 1: t of 2 degrees of freedom is 4.3027."""
     found = estimate([1.0, 2.0, 3.0])

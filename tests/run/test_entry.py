@@ -207,3 +207,13 @@ def test_a_mixture_of_documents_becomes_one_of_tokens() -> None:
     assert demand_of(config.stages[0].step(0), batches).mixture == {}, "the sources' own weights"
     with pytest.raises(Refusal, match=r"stages\.1: mixture_unit=\"documents\"|mixture_unit='documents' is the unit of"):
         tiny("context.stages.0.mixture_unit=documents")
+
+
+def test_only_the_longest_rows_of_a_stage_that_shrinks_are_its_longest(here: Path) -> None:
+    """Or pieces of a decomposed document would be dealt out at every length."""
+    stage = "context.stages.1.{}".format
+    config = load_config(TINY, [stage("growth={kind = 'linear', start = 256}"), stage("pack=decompose")])
+    batches = Batches(config.data, seed=0)
+    demands = [demand_of(step, batches) for step in config.stages[1].first_steps()]
+    assert len(demands) > 1
+    assert [each.is_longest for each in demands] == [each.sequence_length == 256 for each in demands]

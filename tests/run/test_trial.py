@@ -84,6 +84,11 @@ def test_every_shape_to_come_is_tried_once_and_the_largest_first() -> None:
     assert tried(1, *three_stages(64), tokens=4096) == [(1, 128, 1), (2, 64, 1)]
 
 
+def test_under_a_growing_window_the_widest_is_tried() -> None:
+    growth = "context.stages.1.growth={kind = 'window', start = 16, rate = 8.0}"
+    assert load_config(TINY, [growth]).stages[1].longest_step().window == 16 + 8 * 3
+
+
 def test_a_share_of_a_row_counts_as_so_much_less() -> None:
     more = ", tokens_per_step = 1024"
     together = ("tokens_per_microbatch=256", *three_stages(256, f"{more}, context = 2"))
