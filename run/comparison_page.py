@@ -62,7 +62,8 @@ def show(comparison: Comparison) -> None:
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
     for title, rows in tables(comparison):
-        shown = Shown(title=title, title_justify="left", box=None, header_style="bold", padding=(0, 2, 0, 0))
+        console.print(title, markup=False, highlight=False, soft_wrap=True)
+        shown = Shown(box=None, header_style="bold", padding=(0, 2, 0, 0))
         for column in rows[0]:
             shown.add_column(column, no_wrap=True)
         for row in rows:
