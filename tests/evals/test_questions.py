@@ -1,7 +1,5 @@
 """Questions: what is asked is what is scored, and a model that writes gets the same verdict as one that is led."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +15,7 @@ from model.initialize import initialize
 from model.transformer import ModelSettings, Transformer, build_model
 from parallel.replicate import World
 from settings import Refusal, validate
+from tests.evals.forwards import counted
 
 LATENT = {"kind": "latent", "num_heads": 2, "latent_rank": 8}
 LATENT |= {"nope_channels": 4, "rope_channels": 4, "value_channels": 6}
@@ -56,15 +55,6 @@ def prompts(*lengths: int, shared: int = 0, seed: int = 5) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     beginning = rng.integers(0, 256, size=shared)
     return [np.concatenate([beginning, rng.integers(0, 256, size=length - shared)]) for length in lengths]
-
-
-@contextmanager
-def counted(model: Transformer) -> Iterator[list[int]]:
-    """The numbers of tokens of every forward."""
-    counts: list[int] = []
-    hook = model.embedding.register_forward_pre_hook(lambda _, args: counts.append(args[0].numel()))
-    yield counts
-    hook.remove()
 
 
 @pytest.mark.parametrize("budget", [7, 60, 10**6])

@@ -1,7 +1,5 @@
 """What rows have in common is read once: fewer tokens go through the model, and every score stays what it is."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +13,7 @@ from evals.scoring import Rows, score_rows
 from model.initialize import initialize
 from model.transformer import ModelSettings, Transformer, build_model
 from settings import Refusal, validate
+from tests.evals.forwards import counted
 
 T, SHARED = 40, 31
 LATENT = {"kind": "latent", "num_heads": 2, "latent_rank": 8}
@@ -37,15 +36,6 @@ def decoder(name: str) -> Transformer:
     initialize(model, 0, "cpu")
     model.use_rotary(DefaultRotary(base=100.0))
     return model.eval()
-
-
-@contextmanager
-def counted(model: Transformer) -> Iterator[list[int]]:
-    """The numbers of tokens of every forward."""
-    counts: list[int] = []
-    hook = model.embedding.register_forward_pre_hook(lambda _, args: counts.append(args[0].numel()))
-    yield counts
-    hook.remove()
 
 
 def alone(model: Transformer, materials: scoring.Materials, rows: Rows) -> tuple[np.ndarray, np.ndarray]:

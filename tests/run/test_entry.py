@@ -18,14 +18,12 @@ from model.transformer import Transformer, build_model
 from optim.groups import Optimizer
 from parallel.replicate import World
 from run import microbatches as passes
-from run import record
 from run.checkpoint import read_checkpoint
 from run.config import RunConfig, load_config
 from run.demand import demand_of
 from run.start import Run
 from settings import Refusal
 from tests.test_train import TINY, die_at
-from tests.words import write_words
 
 RESET = "context.stages.1.moments=reset"
 FIRST = "context.stages.0"
@@ -39,13 +37,7 @@ CHANGES = {
     "window": (WINDOW, f"{SECOND}.tokens_per_step=256"),
 }
 NO_EVALS = ("evals.at_stage_ends=false", "evals.every_tokens=1000000", "data.sources.needles.fractions=[1.0]")
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_words(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(record, "write_report", lambda folder: folder)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def tiny(*overrides: str) -> RunConfig:

@@ -2,11 +2,8 @@
 
 import json
 import math
-import random
 import re
 import shlex
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from context.gate import GateSettings
 from context.stages import StageSettings
 from evals.__main__ import load_checkpoint
 from evals.scoring import Cell
-from run import exam, record
+from run import exam
 from run.checkpoint import read_checkpoint
 from run.config import RunConfig, load_config
 from run.gate import Verdict, judge
@@ -35,20 +32,6 @@ STAGES = tuple(
 NEVER = "context.stages.1.gate={needle = 1.0, max_short_loss_increase = 9.0, action = 'stop'}"
 SCORES = st.floats(0, 1)
 BITS = st.floats(0, 8)
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    words = random.Random(0)
-    stock = ["".join(words.choice("abcdefghij") for _ in range(words.randint(2, 7))) for _ in range(50)]
-    paragraphs = [" ".join(words.choice(stock) for _ in range(300)) for _ in range(40)]
-    (tmp_path / "words.txt").write_text("\n\n".join(paragraphs))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(record, "write_report", lambda folder: folder)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def tiny(*overrides: str) -> RunConfig:

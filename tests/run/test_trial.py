@@ -1,7 +1,6 @@
 """The largest batch first: what is tried, that nothing is left of it, and what is said where memory runs out."""
 
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,30 +16,18 @@ from model.transformer import Transformer, build_model
 from optim.groups import Optimizer, build_optimizer
 from parallel.apply import prepare_layers
 from parallel.replicate import World
-from run import record, trial
+from run import trial
 from run.config import RunConfig, load_config
 from run.needs import gigabytes, needs_of
 from run.start import Run
 from run.trial import forward_and_backward, largest_steps, try_batches
 from settings import Refusal
 from tests.test_train import numbers, scores
-from tests.words import write_words
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
 CPU = torch.device("cpu")
 Ready = tuple[Transformer, Optimizer, Batches, Run]
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder with a text to train on; signal handlers are put back afterwards."""
-    write_words(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(record, "write_report", lambda folder: folder)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield tmp_path
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def ready(*overrides: str) -> Ready:
