@@ -159,13 +159,12 @@ def _parquet(file: Path) -> Iterator[tuple[int, bytes]]:
         raise Refusal(f"{file}: is not Parquet, or damaged ({error}); copy it again") from None
     if "text" not in table.schema_arrow.names:
         raise Refusal(f"{file}: has no column 'text'{nearest('text', table.schema_arrow.names)}")
-    kind = table.schema_arrow.field("text").type
-    if str(kind) not in {"string", "large_string", "null"}:
-        raise Refusal(f"{file}: column 'text' must hold strings, it holds {kind}; convert it")
     number = 0
     for batch in table.iter_batches(columns=["text"]):
         for text in batch.column(0).to_pylist():
             number += 1
+            if not isinstance(text, str | None):
+                raise Refusal(f"{file}: row {number}: 'text' must be a string, it is {type(text).__name__}; convert it")
             yield number, (text or "").encode()
 
 
