@@ -19,7 +19,7 @@ from data.batches import Batch
 from model.initialize import initialize
 from model.transformer import build_model
 from optim.groups import build_optimizer
-from parallel.replicate import World
+from parallel.world import World
 from run.config import RunConfig, load_config
 from run.start import Run
 

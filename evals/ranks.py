@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parallel.replicate import World
+from parallel.world import World
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe.exchange import Exchange
 from moe.layer import MoE
 from parallel.mesh import ParallelSettings, build_grid, divisors
-from parallel.replicate import World
+from parallel.world import World
 from parallel.shard import Shard, mark_shard
 
 

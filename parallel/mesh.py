@@ -1,15 +1,28 @@
-"""How the ranks of a run stand: what they share, and the grids that their groups are rows of."""
+"""How the ranks of a run stand: axes along which they share something, and the arithmetic of who stands where.
 
+Ranks are numbered as pipeline x data x tensor, the last running fastest. `shard`, `expert` and `context` are three ways
+to group the same data ranks, always with their neighbours; `tensor` and `pipeline` multiply them.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import PositiveInt
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.replicate import World
+from parallel.world import World
 from settings import Refusal, Section
 
 Method = Literal["ring", "gather", "groupcast", "ulysses", "usp"]
+Axis = Literal[
+    "data", "replicate", "shard", "expert", "expert_shard", "expert_replicate", "context", "tensor", "pipeline"
+]
+"""`data`: all ranks that have tokens of their own. `expert_shard` and `expert_replicate` are what `shard` and
+`replicate` come to for the experts: the ranks that hold the same ones, in groups that cut them and across groups."""
 
 
 class SequenceSettings(Section):
@@ -28,30 +41,214 @@ class SequenceSettings(Section):
     the heads allow."""
 
 
-class ParallelSettings(Section):
-    """What ranks share: both kinds of groups are neighbours by number, and may be the same ones."""
+class PipeliningSettings(Section):
+    """How micro-batches move through the ranks of a pipeline. Of use with `pipeline` alone."""
 
+    schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """One forward, one backward (Narayanan et al. 2021, section 2.2); the same over several parts of the model on each
+    rank (there, too); or with weight gradients moved into the waiting (Qi et al. 2023)."""
+    parts_per_rank: PositiveInt = 2
+    """Of the model on each rank, for "interleaved" and "zero_bubble"; "1f1b" has one."""
+
+
+class ParallelSettings(Section):
+    """What ranks share. `tensor * pipeline * replicate * shard` is their number."""
+
+    replicate: PositiveInt | None = None
+    """So many groups hold the same weights and add their gradients up; left out, as many as there are ranks for."""
+    shard: PositiveInt = 1
+    """So many ranks cut weights, gradients and moments among them, and gather a layer's weights while it runs."""
     expert: PositiveInt = 1
     """So many ranks hold the experts of each layer together; 1: every rank holds them all."""
     context: PositiveInt = 1
     """So many ranks hold each row together, every one a part of its tokens; 1: every rank has rows of its own."""
+    tensor: PositiveInt = 1
+    """So many ranks cut heads, inner channels and vocabulary among them, and work on the same tokens."""
+    pipeline: PositiveInt = 1
+    """So many ranks hold the layers one after another."""
     sequence: SequenceSettings = SequenceSettings()
     """Of use with `context` alone."""
+    pipelining: PipeliningSettings = PipeliningSettings()
 
 
-def build_grid(key: str, size: int, world: World, device: torch.device, names: tuple[str, str]) -> DeviceMesh:
-    """The ranks as a grid whose rows are groups of `size` neighbours; `names` of its axes, groups last.
+@dataclass(frozen=True)
+class Grid:
+    """Where each of `size` ranks stands: arithmetic alone, so that any rank can work out any other's place."""
 
-    Raises Refusal, on every rank, when they do not divide; `key` is the setting that asked for it.
-    """
-    if world.size % size:
-        below = max(world.size // size, 1) * size
-        divisor = min(divisors(world.size), key=lambda d: (abs(d - size), d))
+    size: int = 1
+    shard: int = 1
+    expert: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+
+    @property
+    def data(self) -> int:
+        """How many ranks have tokens of their own."""
+        return self.size // (self.tensor * self.pipeline)
+
+    def line(self, axis: Axis, context: int = 1) -> tuple[int, int]:
+        """(stride, length): the ranks along an axis are so many numbers apart, and so many. context: of that axis."""
+        T, D, S, E = self.tensor, self.data, self.shard, self.expert
+        lines = {
+            "tensor": (1, T),
+            "data": (T, D),
+            "context": (T, context),
+            "shard": (T, S),
+            "replicate": (T * S, D // S),
+            "expert": (T, E),
+            "expert_shard": (T * E, max(S // E, 1)),
+            "expert_replicate": (T * max(S, E), D // max(S, E)),
+            "pipeline": (T * D, self.pipeline),
+        }
+        return lines[axis]
+
+    def length(self, axis: Axis) -> int:
+        """How many ranks stand along an axis."""
+        return self.line(axis)[1]
+
+    def place(self, axis: Axis, rank: int) -> int:
+        """Where a rank stands along an axis, from 0."""
+        stride, length = self.line(axis)
+        return rank // stride % length
+
+    def along(self, axis: Axis, rank: int) -> list[int]:
+        """The ranks that differ from this one by their place along the axis alone, itself among them, in order."""
+        stride, length = self.line(axis)
+        first = rank - self.place(axis, rank) * stride
+        return [first + place * stride for place in range(length)]
+
+
+ALL_ALONE = Grid()
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The grid as this rank sees it, with a process group along each axis that is longer than one."""
+
+    grid: Grid
+    world: World
+    groups: Mapping[str, dist.ProcessGroup]
+    """By axis."""
+    dense: DeviceMesh | None = None
+    """(replicate, shard) or shard alone, for what all data ranks share; None where nothing is cut into shards."""
+    experts: DeviceMesh | None = None
+    """The same of (expert_replicate, expert_shard), for experts; None where they are not cut into shards."""
+
+    @property
+    def data(self) -> World:
+        """The ranks with tokens of their own, among which this one counts as many others do: see `Grid.data`."""
+        if self.grid.data == self.world.size:
+            return self.world
+        rank = self.grid.place("data", self.world.rank)
+        return World(rank, self.grid.data, self.world.local_rank, self.groups.get("data"))
+
+    def group(self, axis: Axis) -> dist.ProcessGroup | None:
+        """The process group along an axis; None where this rank is alone on it."""
+        return self.groups.get(axis)
+
+
+def grid_of(settings: ParallelSettings, size: int) -> Grid:
+    """The grid of so many ranks; raises Refusal, naming the nearest that is possible, where there is none."""
+    _refuse_uneven(settings)
+    together = settings.tensor * settings.pipeline
+    unit = together * math.lcm(settings.shard, settings.expert, settings.context)
+    if settings.replicate is not None:
+        wanted = together * settings.shard * settings.replicate
+        if wanted != size:
+            raise Refusal(
+                f"parallel.replicate={settings.replicate} with {_told(settings)} is for {wanted} ranks, and this run has"
+                f" {size}; start {wanted}, or leave parallel.replicate out"
+            )
+    if size % unit:
+        below = max(size // unit, 1) * unit
+        key, value, near = _nearest(settings, size)
         raise Refusal(
-            f"{key}={size} does not divide the {world.size} ranks of this run; start"
-            f" {below} of them (torchrun --nproc-per-node {below}) or set {key}={divisor}"
+            f"parallel.{key}={value} does not divide the {size} ranks of this run ({_told(settings)}); start {below} of"
+            f" them (torchrun --nproc-per-node {below}) or set parallel.{key}={near}"
         )
-    return init_device_mesh(device.type, (world.size // size, size), mesh_dim_names=names)
+    return Grid(size, settings.shard, settings.expert, settings.tensor, settings.pipeline)
+
+
+def _refuse_uneven(settings: ParallelSettings) -> None:
+    """Shards of the same experts have to be whole ranks: one of the two sizes divides the other."""
+    small, large = sorted((settings.shard, settings.expert))
+    if large % small:
+        near = min((d for d in (*divisors(large), large * 2)), key=lambda d: (abs(d - small), d))
+        key = "shard" if settings.shard == small else "expert"
+        raise Refusal(
+            f"parallel.shard={settings.shard} and parallel.expert={settings.expert}: one has to divide the other; try"
+            f" parallel.{key}={near}"
+        )
+
+
+def _nearest(settings: ParallelSettings, size: int) -> tuple[str, int, int]:
+    """(key, its value, the nearest that would do) of the first axis that does not divide what the ones before left."""
+    left = size
+    for key in ("tensor", "pipeline"):
+        value = getattr(settings, key)
+        if left % value:
+            return key, value, min(divisors(left), key=lambda d: (abs(d - value), d))
+        left //= value
+    for key in ("shard", "expert", "context"):
+        value = getattr(settings, key)
+        if left % value:
+            return key, value, min(divisors(left), key=lambda d: (abs(d - value), d))
+    # Each of them divides, and not all of them together.
+    value = settings.context
+    return "context", value, math.gcd(value, max(settings.shard, settings.expert))
+
+
+def _told(settings: ParallelSettings) -> str:
+    axes = ("shard", "expert", "context", "tensor", "pipeline")
+    told = [f"{axis} {getattr(settings, axis)}" for axis in axes if getattr(settings, axis) > 1]
+    return ", ".join(told) or "nothing shared"
+
+
+def build_mesh(settings: ParallelSettings, contexts: Mapping[int, str], world: World, device: torch.device) -> Mesh:
+    """The mesh of this run's ranks; all of them have to call. contexts: see `context_meshes`.
+
+    Groups are made all at once and in one order: ranks that make them in different orders wait for each other for good.
+    Raises Refusal, on every rank, where the ranks do not divide as the settings say.
+    """
+    grid = grid_of(settings, world.size)
+    for size, key in contexts.items():
+        if grid.data % size:
+            near = min(divisors(grid.data), key=lambda d: (abs(d - size), d))
+            raise Refusal(
+                f"{key}={size} does not divide the {grid.data} ranks of this run that have tokens of their own; set"
+                f" {key}={near}, or start {max(grid.data // size, 1) * size * grid.tensor * grid.pipeline} of them"
+            )
+    if world.size == 1:
+        return Mesh(grid, world, {})
+    groups = dict(_groups(grid, device))
+    dense = experts = None
+    if grid.shard > 1:
+        dense = _shards(grid, device, ("pipeline", "replicate", "shard", "tensor"))
+    if grid.length("expert_shard") > 1:
+        axes: tuple[Axis, ...] = ("pipeline", "expert_replicate", "expert_shard", "expert", "tensor")
+        experts = dense if grid.expert == 1 else _shards(grid, device, axes)
+    return Mesh(grid, world, groups, dense, experts)
+
+
+def _groups(grid: Grid, device: torch.device) -> Iterator[tuple[str, dist.ProcessGroup]]:
+    """A group along each axis that needs one; those that a DeviceMesh makes for FSDP are beside them."""
+    for axis in ("data", "expert", "expert_replicate", "tensor", "pipeline"):
+        stride, length = grid.line(axis)
+        if 1 < length < grid.size:
+            ranks = torch.arange(grid.size).view(-1, length, stride)
+            lines = ranks.transpose(1, 2).reshape(-1, length).tolist()
+            group, _ = dist.new_subgroups_by_enumeration(lines)
+            yield axis, group
+        elif length == grid.size:
+            yield axis, dist.group.WORLD
+
+
+def _shards(grid: Grid, device: torch.device, axes: tuple[Axis, ...]) -> DeviceMesh:
+    """A mesh of all ranks along these axes, outermost first, and of it the part that FSDP cuts and sums over."""
+    shape = [grid.length(axis) for axis in axes]
+    whole = init_device_mesh(device.type, tuple(shape), mesh_dim_names=tuple(axes))
+    replicas, shards = axes[1], axes[2]
+    return whole[shards] if grid.length(replicas) == 1 else whole[replicas, shards]
 
 
 def divisors(number: int) -> list[int]:

@@ -17,7 +17,7 @@ from context.volume import Heads
 from data.batches import Batch
 from model.transformer import ModelSettings, Transformer
 from parallel.mesh import ParallelSettings, SequenceSettings, build_grid
-from parallel.replicate import World
+from parallel.world import World
 from parallel.rows import fingerprint, split_batch
 from settings import Refusal
 

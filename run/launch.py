@@ -13,7 +13,7 @@ from data.batches import Batches
 from evals.scoring import Materials
 from evals.suite import check_suite
 from parallel.experts import expert_mesh
-from parallel.replicate import World
+from parallel.world import World
 from parallel.sequence import build_row_groups
 from run.arms import Entry
 from run.config import rows_of_step

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from context.stages import Stage
 from evals.ranks import Ranks
 from model.size import Size
-from parallel.replicate import World
+from parallel.world import World
 from parallel.sequence import ALONE, RowGroup, build_row_groups
 from run.branch import Origin
 from run.config import RunConfig

@@ -25,7 +25,7 @@ from moe.router import Router
 from optim.groups import Optimizer, build_optimizer
 from parallel.apply import prepare_layers
 from parallel.experts import expert_mesh, shard_experts
-from parallel.replicate import World
+from parallel.world import World
 from parallel.shard import shard_of
 from run import record
 from run.config import load_config

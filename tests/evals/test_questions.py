@@ -13,7 +13,7 @@ from evals.questions import Question, ask, to_rows
 from evals.ranks import Ranks
 from model.initialize import initialize
 from model.transformer import ModelSettings, Transformer, build_model
-from parallel.replicate import World
+from parallel.world import World
 from settings import Refusal, validate
 from tests.evals.forwards import counted
 

@@ -22,7 +22,7 @@ from evals.ranks import Ranks
 from evals.scoring import Materials, Rows, score_rows
 from model.initialize import initialize
 from model.transformer import ModelSettings, build_model
-from parallel.replicate import World
+from parallel.world import World
 from settings import validate
 
 GRID = NeedleSettings(lengths=(64, 96), haystack="web", samples=3, one_haystack=True, depths=(0.0, 0.5, 1.0))

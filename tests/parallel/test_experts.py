@@ -27,7 +27,7 @@ from moe.layer import MoE, MoESettings
 from moe.routing import Memo, RoutingStats
 from optim.groups import Optimizer, build_optimizer
 from parallel.experts import ParallelSettings, check_experts, expert_mesh, shard_experts
-from parallel.replicate import World, norm_over_ranks, sum_gradients
+from parallel.world import World, norm_over_ranks, sum_gradients
 from parallel.shard import shard_of
 from run.checkpoint import Checkpoints, CheckpointSettings, read_checkpoint
 from run.config import RunConfig, load_config

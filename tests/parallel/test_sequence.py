@@ -30,7 +30,7 @@ from optim.groups import build_optimizer
 from parallel.apply import prepare_layers
 from parallel.experts import expert_mesh, shard_experts
 from parallel.mesh import ParallelSettings, SequenceSettings
-from parallel.replicate import World
+from parallel.world import World
 from parallel.sequence import RowGroup, build_row_group, check_context, farthest_view, split_attention
 from parallel.shard import shard_of
 from run.config import RunConfig, load_config, rows_of_step

@@ -17,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 import train
-from parallel.replicate import World
+from parallel.world import World
 from run import record, start
 from run.config import RunConfig, load_config, show
 from run.record import StepReport

@@ -17,7 +17,7 @@ from context.local_comm import LocalComm
 from context.methods import Split
 from model.transformer import build_model
 from parallel.mesh import ParallelSettings, SequenceSettings
-from parallel.replicate import World
+from parallel.world import World
 from parallel.sequence import ALONE, RowGroup, build_row_groups, split_attention
 from run.config import RunConfig, load_config, rows_of_step, show
 from run.entry import take_shape

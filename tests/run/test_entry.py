@@ -16,7 +16,7 @@ from data.batches import Batch, Batches
 from model.initialize import initialize
 from model.transformer import Transformer, build_model
 from optim.groups import Optimizer
-from parallel.replicate import World
+from parallel.world import World
 from run import microbatches as passes
 from run.checkpoint import read_checkpoint
 from run.config import RunConfig, load_config

@@ -7,7 +7,7 @@ import pytest
 from data.tokenizer import ByteTokenizer
 from evals.cost import suite_flops
 from model.size import flops_per_token
-from parallel.replicate import World
+from parallel.world import World
 from run.config import load_config
 from run.exam import Examiner, settle_interval
 

@@ -15,7 +15,7 @@ from model.kept import Numbers
 from model.transformer import Transformer, build_model
 from optim.groups import Optimizer, build_optimizer
 from parallel.apply import prepare_layers
-from parallel.replicate import World
+from parallel.world import World
 from run import trial
 from run.config import RunConfig, load_config
 from run.needs import gigabytes, needs_of

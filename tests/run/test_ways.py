@@ -8,7 +8,7 @@ import torch
 from context.stages import Stages
 from model.initialize import initialize
 from model.transformer import build_model
-from parallel.replicate import World
+from parallel.world import World
 from run.config import load_config
 from run.start import Run
 from run.ways import try_layers, ways_to_attend

@@ -1,4 +1,4 @@
-"""Data parallelism by replication: every rank works on its own micro-batches, and what ranks share is added up."""
+"""Gradients that lie on several ranks: added up, measured as one, and clipped."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,43 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.shard import shard_of
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among the ranks of the run; rank 0 of 1 when it was started without torchrun."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over all ranks, in place; also returns it."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def any(self, claim: bool, device: torch.device) -> bool:
-        """Whether the claim holds on at least one rank; all ranks get the same answer."""
-        return bool(self.sum(torch.tensor(int(claim), device=device)).item()) if self.size > 1 else claim
-
-    def wait(self) -> None:
-        """Go on when all ranks have come here."""
-        if self.size > 1:
-            dist.barrier()
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The main rank does what is inside, and leaves files behind, before the others do the same."""
-        if not self.is_main:
-            self.wait()
-        yield
-        if self.is_main:
-            self.wait()
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
