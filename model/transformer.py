@@ -1,6 +1,6 @@
 """The decoder: embedding, pre-norm blocks, final norm; the product with the head is left to the loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Literal
 
 import torch
@@ -112,6 +112,8 @@ class Transformer(nn.Module):
         self.vocab_size = vocab_size
         self.recompute = False
         self.rotary: LayerRotary | None = None
+        self.pipeline: object | None = None
+        """What passes micro-batches through the layers that are here, where ranks hold them one after another."""
         self.embedding = nn.Embedding(vocab_size, settings.width)
         self.blocks = nn.ModuleList(_build_block(settings, layer) for layer in range(settings.num_layers))
         self.norm = RMSNorm(settings.width, settings.norm_epsilon)
@@ -140,25 +142,39 @@ class Transformer(nn.Module):
         mask: what attention may see, to which layers add their windows; left out: each row is one document.
         facts: what routers are told of the tokens; left out: their ids and places.
         """
-        assert self.rotary is not None, "call use_rotary before the first forward"
         start = 0 if cache is None else cache.length
         places_BT = torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT)
         positions_BT = places_BT if positions_BT is None else positions_BT
         facts = facts or TokenFacts(tokens_BT, places_BT)
-        rotations = self.rotary.at(positions_BT)
         mask = mask or Mask()
         if cache is not None:
             cache.check(mask)
-        x_BTD = self.embedding(tokens_BT)
+        x_BTD, all_routing = self.through(
+            range(len(self.blocks)), self.embedding(tokens_BT), positions_BT, mask, facts, cache
+        )
+        return self.norm(x_BTD), all_routing
+
+    def through(  # noqa: PLR0917 (what a layer is told of its tokens)
+        self,
+        layers: Iterable[int],
+        x_BTD: Tensor,
+        positions_BT: Tensor,
+        mask: Mask,
+        facts: TokenFacts,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, tuple[RoutingStats, ...]]:
+        """Hidden states (B, T, D) through some layers in turn, and the routing of those that are MoE layers."""
+        assert self.rotary is not None, "call use_rotary before the first forward"
+        rotations = self.rotary.at(positions_BT)
         all_routing = []
-        for layer, block in enumerate(self.blocks):
-            rotation = rotations[self.settings.view(layer)]
+        for layer in layers:
+            block, rotation = self.blocks[layer], rotations[self.settings.view(layer)]
             if self.recompute and torch.is_grad_enabled():
                 x_BTD, routing = checkpoint(block, x_BTD, rotation, mask, facts, None, BlockMemo(), use_reentrant=False)
             else:
                 x_BTD, routing = block(x_BTD, rotation, mask, facts, None if cache is None else cache.layer(layer))
             all_routing.append(routing)
-        return self.norm(x_BTD), tuple(routing for routing in all_routing if routing is not None)
+        return x_BTD, tuple(routing for routing in all_routing if routing is not None)
 
 
 def build_model(settings: ModelSettings, vocab_size: int) -> Transformer:
