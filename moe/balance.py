@@ -168,6 +168,8 @@ class Cut:
     """Adds a tensor up over all ranks that hold parts of the step; it may work in place."""
     sum_over_shards: Callable[[Tensor], Tensor] = as_is
     """The same over the ranks that hold parts of the very rows of this rank, in the same order."""
+    num_layers: int | None = None
+    """MoE layers of the whole model, where only some of them are here; left out, those that are seen."""
 
 
 class StepBalance:
@@ -175,7 +177,8 @@ class StepBalance:
 
     Where a group lies in several micro-batches or ranks, its counts must be whole before the first backward pass. So
     `count` those that are to be counted `ahead`, then take the `objective` of the last micro-batch, which completes the
-    tables with one exchange between ranks, and then of the others.
+    tables with one exchange between ranks, and then of the others. Where their order is not known, as in a pipeline,
+    count all of them and `complete` the tables.
     """
 
     def __init__(self, settings: Coefficients | None, cut: Cut, num_tokens: Tensor | int) -> None:
@@ -189,14 +192,23 @@ class StepBalance:
         self._tables: dict[int, Tensor] = {}
         self._is_complete = False
 
+    @property
+    def needs_counts(self) -> bool:
+        """Whether some group lies in several micro-batches or ranks."""
+        return any(map(self._is_cut, self.group_sizes))
+
     def ahead(self, microbatches: Sequence[Microbatch]) -> Sequence[Microbatch]:
         """Those of this rank's micro-batches that have to be counted beforehand: all but the last, or none."""
-        return microbatches[:-1] if any(map(self._is_cut, self.group_sizes)) else ()
+        return microbatches[:-1] if self.needs_counts else ()
 
     def count(self, all_stats: Sequence[RoutingStats], rows_B: Tensor) -> None:
         """Count a micro-batch beforehand; rows_B: the number of each of its rows in the step."""
         if all_stats:
             self._add(_count_layers(all_stats, len(rows_B)), rows_B)
+
+    def complete(self) -> None:
+        """Say that every micro-batch has been counted: their objectives may then be taken in any order."""
+        self._exchange()
 
     def objective(self, all_stats: Sequence[RoutingStats], rows_B: Tensor) -> Tensor:
         """This micro-batch's part of the step's objective, the mean over layers of the weighted terms: a scalar.
@@ -216,7 +228,7 @@ class StepBalance:
         if self.z_loss:
             for stats in all_stats:
                 total = total + self.z_loss * router_z_loss(stats, self.num_tokens)
-        return total / len(all_stats)
+        return total / (self.cut.num_layers or len(all_stats))
 
     def _is_cut(self, size: int) -> bool:
         """Whether some group of `size` rows lies in several micro-batches or ranks: a function of the sizes alone."""

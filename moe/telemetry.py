@@ -2,13 +2,20 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from moe.balance import as_is, only_real
-from moe.router import Router
 from moe.routing import RoutingStats
+
+
+class HasBias(Protocol):
+    """The part of a Router that is told of."""
+
+    @property
+    def bias_E(self) -> Tensor | None: ...
 
 
 class RoutingMeter:
@@ -18,7 +25,7 @@ class RoutingMeter:
     same sum, as each rank of `num_ranks` writes into a place of its own.
     """
 
-    def __init__(self, routers: Sequence[Router] = (), rank: int = 0, num_ranks: int = 1) -> None:
+    def __init__(self, routers: Sequence[HasBias] = (), rank: int = 0, num_ranks: int = 1) -> None:
         """routers: whose selection biases are told, as they are when the report is made."""
         self.routers, self.rank, self.num_ranks = routers, rank, num_ranks
         self.num_experts = 0
@@ -31,13 +38,21 @@ class RoutingMeter:
         """Sums over real tokens of the squared logsumexp, of the entropy and of 1, and the rows computed, fp64."""
         self.largest_W: Tensor | None = None
         """The largest absolute logit of each rank."""
-        self._first_choices: list[Tensor] = []
+        self._first_choices: list[Tensor] | None = None
         self._route_again: Callable[[], Sequence[RoutingStats]] | None = None
         self._sum_over_shards: Callable[[Tensor], Tensor] = as_is
 
+    def expect(self, num_layers: int, num_experts: int, num_null: int, device: torch.device) -> None:
+        """Make room for all layers of a model of which only some are here: see `add`."""
+        num_slots, self.num_experts = num_experts + num_null, num_experts
+        self.counts_LE = torch.zeros(num_layers, num_slots, dtype=torch.int64, device=device)
+        self.sums_LE = torch.zeros(num_layers, num_slots, device=device)
+        self.sums_L4 = torch.zeros(num_layers, 4, dtype=torch.float64, device=device)
+        self.largest_W = torch.zeros(self.num_ranks, dtype=torch.float64, device=device)
+
     @torch.no_grad()
-    def add(self, all_stats: Sequence[RoutingStats]) -> None:
-        """Count one micro-batch's first forward pass; never a recomputed one."""
+    def add(self, all_stats: Sequence[RoutingStats], layers: slice = slice(None)) -> None:
+        """Count one micro-batch's first forward pass; never a recomputed one. layers: which of all MoE layers it is."""
         if not all_stats:
             return
         self.num_experts = all_stats[0].num_experts
@@ -49,9 +64,9 @@ class RoutingMeter:
         if self.counts_LE is None or self.sums_LE is None or self.sums_L4 is None or self.largest_W is None:
             self.counts_LE, self.sums_LE, self.sums_L4, self.largest_W = counts_LE, sums_LE, sums_L4, largest_W
             return
-        self.counts_LE += counts_LE
-        self.sums_LE += sums_LE
-        self.sums_L4 += sums_L4
+        self.counts_LE[layers] += counts_LE
+        self.sums_LE[layers] += sums_LE
+        self.sums_L4[layers] += sums_L4
         self.largest_W = torch.maximum(self.largest_W, largest_W)
 
     def watch(
@@ -64,7 +79,8 @@ class RoutingMeter:
         """Let `report` tell how many choices of the first `num_tokens` tokens `route_again` then leaves as they were.
 
         `route_again` gives the stats of exactly these tokens, with the weights that the model has by then. Where ranks
-        hold parts of the same rows, `sum_over_shards` adds up over them, and all of them have to ask for the report.
+        hold parts of the same rows, `sum_over_shards` adds up over them, and all of them have to ask for the report; it
+        takes and gives (L, 2), where a rank may be given more layers than it has.
         """
         self._first_choices = [stats.selected_NK[:num_tokens].clone() for stats in all_stats]
         self._route_again, self._sum_over_shards = route_again, sum_over_shards
@@ -108,15 +124,17 @@ class RoutingMeter:
         biases_LE = [router.bias_E for router in self.routers if router.bias_E is not None]
         if biases_LE:
             numbers["bias_min"], numbers["bias_max"] = torch.stack(biases_LE).aminmax()
-        if self._route_again is not None and self._first_choices:
+        if self._route_again is not None and self._first_choices is not None:
             numbers["choice_overlap"] = self._overlap(self._route_again())
         return dict(zip(numbers, torch.stack([n.double() for n in numbers.values()]).tolist(), strict=True))
 
     def _overlap(self, all_stats: Sequence[RoutingStats]) -> Tensor:
         """The mean over layers of the choices that stayed."""
-        pairs = zip(self._first_choices, all_stats, strict=True)
-        sums = [overlap_sums(old, new.selected_NK, new.logits_NE.shape[1]) for old, new in pairs]
-        share_L, chose_L = self._sum_over_shards(torch.stack(sums)).unbind(dim=1)
+        assert self._first_choices is not None and self.sums_L4 is not None
+        sums_L2 = self.sums_L4.new_zeros(len(all_stats), 2)
+        for sums, old, new in zip(sums_L2, self._first_choices, all_stats, strict=True):
+            sums += overlap_sums(old, new.selected_NK, new.logits_NE.shape[1])
+        share_L, chose_L = self._sum_over_shards(sums_L2).unbind(dim=1)
         return (share_L / chose_L.clamp(min=1)).mean()
 
 
