@@ -8,16 +8,15 @@ from context.step_plan import StepPlan
 from data.batches import Batch, Batches
 from evals.scoring import Materials
 from evals.suite import check_suite
-from model.loss import cross_entropy
 from model.size import count
 from model.transformer import Transformer, build_model
 from moe.balance import StepBalance, update_biases
 from moe.router import Router
 from moe.telemetry import RoutingMeter
 from optim.groups import Optimizer, build_optimizer
-from parallel.apply import prepare_layers
-from parallel.experts import expert_mesh, shard_experts
-from parallel.replicate import norm_over_ranks, sum_gradients
+from parallel.apply import parallelize
+from parallel.fsdp import sync_replicas
+from parallel.gradients import clip_gradients, named_parameters, norm_over_ranks, sum_gradients
 from parallel.sequence import split_attention
 from run.branch import begin_branch, find_origin
 from run.checkpoint import Checkpoints
@@ -26,7 +25,7 @@ from run.demand import demand_of
 from run.entry import enter_stage
 from run.exam import Examiner
 from run.initial import first_weights
-from run.microbatches import count_tokens, cut_of, forward, split, take_step, tell_plan, watch_choices
+from run.microbatches import count_tokens, cut_of, forward, loss_of, split, take_step, tell_plan, watch_choices
 from run.record import Progress, Recorder, StepReport
 from run.start import Run, leave, refusing, start
 from run.trial import try_batches
@@ -37,7 +36,6 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     """One run, from its start or from its newest good checkpoint, to its end or to a signal."""
     run = start(config, fresh=fresh)
     config = run.config
-    mesh = expert_mesh(config.parallel, run.world, run.device)
     stages = config.stages
     with run.world.main_first():
         batches = Batches(config.data, seed=config.seed, rank=run.groups.rank, world_size=run.groups.size)
@@ -50,11 +48,10 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     origin = find_origin(run, batches.fingerprint)
     tell_plan(batches, stages, run)
     model = build_model(config.model, batches.tokenizer.vocab_size)
+    run.layouts = parallelize(model, run.mesh, compile=config.compile, recompute=config.recompute, dtype=run.dtype)
     first_weights(run, model, batches.tokenizer)
-    shard_experts(model, mesh)
     split_attention(model, run.row_group)
     try_layers(model, stages.at(0), run)
-    prepare_layers(model, compile=config.compile, recompute=config.recompute)
     optimizer = build_optimizer(model, config.optimizer)
     run.open_folder(batches.fingerprint, count(config.model, batches.tokenizer.vocab_size), origin)
     checkpoints = Checkpoints(run.folder, config.checkpoint, model, optimizer.optimizers, config, run.say)
@@ -96,23 +93,24 @@ def train_step(
     routers = [module for module in model.modules() if isinstance(module, Router)]
     num_targets, num_real = count_tokens(microbatches, run)
     balance = StepBalance(config.model.moe if routers else None, cut_of(microbatches, step, run), num_real)
-    routing = RoutingMeter(routers, run.world.rank, run.world.size)
+    routing = RoutingMeter(routers, run.mesh.data.rank, run.mesh.data.size)
     nats = torch.zeros((), device=run.device)
     with torch.no_grad():
         for batch in balance.ahead(microbatches):
             balance.count(forward(model, batch, run, step.window)[1], batch.rows_B.to(run.device))
-    for batch in (batch.to(run.device) for batch in reversed(microbatches)):  # the last one completes the counts
-        hidden_BTD, stats = forward(model, batch, run, step.window)
-        with run.autocast():
-            labels_N, weights_N = batch.labels_BT.flatten(), batch.weights_BT.flatten()
-            sums = cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, labels_N, weights_N, config.loss_chunk)
-        (sums.weighted / num_targets + balance.objective(stats, batch.rows_B)).backward()
+    for place, batch in enumerate(batch.to(run.device) for batch in reversed(microbatches)):
+        sync_replicas(model, is_last=place + 1 == len(microbatches))
+        hidden_BTD, stats = forward(model, batch, run, step.window)  # the first of them completes the counts
+        sums = loss_of(model, hidden_BTD, batch, run)
+        (sums.weighted / num_targets + balance.objective(stats, batch.rows_B) / run.mesh.grid.tensor).backward()
         nats += sums.plain
         routing.add(stats)
-    sum_gradients(model.parameters(), run.world)
+    parameters = named_parameters(model)
+    sum_gradients(parameters, run.layouts, run.mesh)
     for tensor in (nats, *routing.tensors()):
-        run.world.sum(tensor)
-    gradient_norm = optimizer.clip_gradients(norm_over_ranks(optimizer.parameters))
+        run.mesh.data.sum(tensor)
+    gradient_norm = norm_over_ranks(parameters, run.layouts, run.mesh)
+    clip_gradients(optimizer.parameters, gradient_norm, optimizer.clip)
     optimizer.step()
     if routing.counts_LE is not None:
         update_biases(routers, routing.counts_LE, balance.rules)

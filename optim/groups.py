@@ -77,16 +77,6 @@ class Optimizer:
         for group, ratio in zip(self.param_groups, self._ratios, strict=True):
             group["lr"] = learning_rate * ratio
 
-    def clip_gradients(self, norm: Tensor | None = None) -> Tensor:
-        """Scale all gradients so that their common norm is at most `clip`; returns the norm before, still on device.
-
-        norm: the norm of the whole gradient, from whoever knows more of it than lies here; left out, of what does.
-        """
-        if norm is None:
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        nn.utils.clip_grads_with_norm_(self.parameters, self.clip, norm)
-        return norm
-
     def step(self) -> None:
         """One step of every optimizer."""
         for optimizer in self.optimizers:
@@ -146,10 +136,13 @@ def _is_embedding(name: str) -> bool:
 
 
 def _groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> Iterator[dict[str, Any]]:
-    for does_decay in (True, False):
-        parameters = [parameter for name, parameter in named if decays(name, parameter) == does_decay]
-        if parameters:
-            yield {"params": parameters, "weight_decay": weight_decay if does_decay else 0.0}
+    """By decay, and by the mesh that tensors are cut over, as torch steps those of one group together."""
+    groups: dict[tuple[bool, Any], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        mesh = getattr(parameter, "device_mesh", None)
+        groups.setdefault((decays(name, parameter), mesh), []).append(parameter)
+    for (does_decay, _), parameters in sorted(groups.items(), key=lambda item: not item[0][0]):
+        yield {"params": parameters, "weight_decay": weight_decay if does_decay else 0.0}
 
 
 def _adamw(

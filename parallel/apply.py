@@ -1,19 +1,46 @@
-"""What is done to a finished model from outside, before it trains."""
+"""What is done to a model from outside, on the meta device, before it has values: the whole order on one screen."""
+
+import torch
 
 from model.feed_forward import FeedForward
 from model.norm import RMSNorm
 from model.transformer import Transformer
+from parallel.experts import split_experts
+from parallel.fsdp import shard
+from parallel.layout import Layout, Layouts, whole_layouts
+from parallel.mesh import Axis, Mesh
+from parallel.tensor import split_tensors
 
 
-def prepare_layers(model: Transformer, *, compile: bool, recompute: bool) -> Transformer:
-    """Recompute activations layer by layer in the backward pass, and compile what has fixed shapes.
-
-    Compiled are the norms and dense feed-forwards: their shapes never change within a stage, while the lengths of
-    packed documents and the rows of an expert differ from step to step and would be compiled anew each time.
-    """
+def parallelize(
+    model: Transformer, mesh: Mesh, *, compile: bool, recompute: bool, dtype: torch.dtype = torch.float32
+) -> Layouts:
+    """Leave on this rank its part of everything, and say how all of it lies. dtype: of the run's products."""
+    layouts = whole_layouts(model)
+    split_tensors(model, mesh, layouts)
+    split_experts(model, mesh, layouts)
+    for name, layout in layouts.items():
+        layouts[name] = Layout(layout.shape, layout.dtype, layout.cuts, layout.stage, sums_of(layout, mesh))
     model.recompute = recompute
     if compile:
-        for module in model.modules():
-            if isinstance(module, FeedForward | RMSNorm):
-                module.compile()
-    return model
+        compile_layers(model)
+    shard(model, mesh, dtype, layouts)
+    return layouts
+
+
+def sums_of(layout: Layout, mesh: Mesh) -> tuple[Axis, ...]:
+    """The axes along which gradients are parts of a sum: all that have other tokens, and all that cut other tensors."""
+    tokens: Axis = "expert_replicate" if layout.is_cut("expert") else "data"
+    axes: tuple[Axis, ...] = (tokens,) if layout.is_cut("tensor") else (tokens, "tensor")
+    return tuple(axis for axis in axes if mesh.grid.length(axis) > 1)
+
+
+def compile_layers(model: Transformer) -> None:
+    """Compile what has fixed shapes: norms and dense feed-forwards.
+
+    Their shapes never change within a stage, while the lengths of packed documents and the rows of an expert differ
+    from step to step and would be compiled anew each time.
+    """
+    for module in model.modules():
+        if isinstance(module, FeedForward | RMSNorm):
+            module.compile()

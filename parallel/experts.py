@@ -1,14 +1,11 @@
 """Expert parallelism: the ranks of a group share the experts of each layer, and in nothing else are tied together."""
 
-import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from moe.exchange import Exchange
 from moe.layer import MoE
-from parallel.mesh import ParallelSettings, build_grid, divisors
-from parallel.world import World
-from parallel.shard import Shard, mark_shard
+from parallel.layout import Layout, cut_parameter
+from parallel.mesh import Mesh, ParallelSettings, divisors
 
 
 def check_experts(settings: ParallelSettings, num_experts: int | None) -> None:
@@ -28,30 +25,15 @@ def check_experts(settings: ParallelSettings, num_experts: int | None) -> None:
         )
 
 
-def expert_mesh(settings: ParallelSettings, world: World, device: torch.device) -> DeviceMesh | None:
-    """The ranks as a grid: along `expert` they share experts, along `replica` they hold the same; None where none do.
-
-    Raises Refusal, on every rank, when the ranks do not divide into groups of that size.
-    """
-    if settings.expert == 1:
-        return None
-    return build_grid("parallel.expert", settings.expert, world, device, ("replica", "expert"))
-
-
-def shard_experts(model: nn.Module, mesh: DeviceMesh | None) -> None:
-    """Leave on each rank its own experts of an initialised model, and let tokens travel to them.
-
-    The values are slices of the whole model's, so that they do not depend on the number of ranks.
-    """
-    if mesh is None:
+def split_experts(model: nn.Module, mesh: Mesh, layouts: dict[str, Layout]) -> None:
+    """Leave on each rank its own experts of a model on the meta device, and let tokens travel to them."""
+    group = mesh.group("expert")
+    if group is None:
         return
-    shard = Shard(owners=mesh.get_group("expert"), replicas=mesh.get_group("replica"))
-    for module in model.modules():
+    for prefix, module in model.named_modules():
         if isinstance(module, MoE):
-            whole = dict(module.experts.named_parameters(recurse=False))
-            module.dispatcher = Exchange(shard.owners, len(module.experts.down))
-            for name, parameter in whole.items():
-                # A copy, as a view would keep the whole tensor alive.
-                own = nn.Parameter(shard.cut(parameter.detach()).clone(), requires_grad=parameter.requires_grad)
-                mark_shard(own, shard)
-                setattr(module.experts, name, own)
+            module.dispatcher = Exchange(group, len(module.experts.down))
+            for name in ("gate_up", "down"):
+                key = f"{prefix}.experts.{name}"
+                cut = layouts[key] = layouts[key].cut("expert", 0)
+                cut_parameter(module.experts, name, mesh.grid, mesh.world.rank, cut)

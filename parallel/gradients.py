@@ -1,52 +1,65 @@
 """Gradients that lie on several ranks: added up, measured as one, and clipped."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.shard import shard_of
+from parallel.layout import Layout, local
+from parallel.mesh import Axis, Mesh
+
+Parameters = Mapping[str, nn.Parameter]
+"""Those that this rank has a part of, by the names that layouts have."""
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Add up the gradients of all ranks that hold the same values, in one flat exchange for each dtype.
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter once, under its plain name, whether or not the model is compiled."""
+    return {name.replace("_orig_mod.", ""): parameter for name, parameter in model.named_parameters()}
+
+
+def sum_gradients(parameters: Parameters, layouts: Mapping[str, Layout], mesh: Mesh) -> None:
+    """Add up what each layout says is left to add up, in one flat exchange for each axis and dtype.
 
     Gradients are summed, not averaged: each rank has divided its loss by the global count of target tokens.
-    A parameter that no token of this rank touched counts as zero, so that all ranks exchange the same bytes. A slice
-    of experts has met the tokens of all ranks that share them; the ranks that hold the same slice add the rest.
+    A parameter that no token of this rank touched counts as zero, so that all ranks exchange the same bytes.
     """
-    if world.size == 1:
+    if mesh.world.size == 1:
         return
-    exchanges: dict[tuple[dist.ProcessGroup | None, torch.dtype], list[Tensor]] = {}
-    for p in parameters:
+    exchanges: dict[tuple[Axis, torch.dtype], list[Tensor]] = {}
+    for name, p in parameters.items():
         if p.requires_grad:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            shard = shard_of(p)
-            exchanges.setdefault((shard.replicas if shard else None, p.dtype), []).append(p.grad)
-    # In the order of the parameters, which is the same on all ranks.
-    for (group, _), gradients in exchanges.items():
-        if group is not None and group.size() == 1:
-            continue
+            for axis in layouts[name].sums:
+                if mesh.grid.length(axis) > 1:
+                    exchanges.setdefault((axis, p.dtype), []).append(local(p.grad))
+    # In the order of the parameters, which is the same on all ranks of a group.
+    for (axis, _), gradients in exchanges.items():
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat, group=group)
+        dist.all_reduce(flat, group=mesh.group(axis))
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
 
-def norm_over_ranks(parameters: Iterable[nn.Parameter]) -> Tensor:
+def norm_over_ranks(parameters: Parameters, layouts: Mapping[str, Layout], mesh: Mesh) -> Tensor:
     """The norm of the whole model's gradient: each element counts once, however many ranks hold it. On device."""
-    whole: list[Tensor] = []
-    sharded: dict[dist.ProcessGroup, list[Tensor]] = {}
-    for p in parameters:
+    by_copies: dict[int, list[Tensor]] = {}
+    for name, p in parameters.items():
         if p.grad is not None:
-            shard = shard_of(p)
-            (whole if shard is None else sharded.setdefault(shard.owners, [])).append(p.grad)
+            by_copies.setdefault(layouts[name].copies(mesh.grid), []).append(local(p.grad))
+    whole = by_copies.pop(mesh.grid.size, [])
     norms = [nn.utils.get_total_norm(whole)] if whole else []
-    for owners, gradients in sharded.items():
-        squared = nn.utils.get_total_norm(gradients).square()
-        dist.all_reduce(squared, group=owners)
-        norms.append(squared.sqrt())
+    if any(layout.copies(mesh.grid) < mesh.grid.size for layout in layouts.values()):  # the same on every rank
+        device = next(iter(parameters.values())).device
+        squared = torch.zeros((), device=device)
+        for copies, gradients in by_copies.items():
+            squared = squared + nn.utils.get_total_norm(gradients).square() / copies
+        norms.append(mesh.world.sum(squared).sqrt())
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, most: float) -> None:
+    """Scale all gradients so that their common norm, which is `norm`, is at most `most`."""
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))

@@ -5,10 +5,10 @@ values and the gradient's norm all follow from it.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.mesh import Axis, Grid
 
@@ -40,6 +40,13 @@ class Layout:
     """Its place along `pipeline`; None: every rank there has it."""
     sums: tuple[Axis, ...] = ()
     """Axes along which gradients are to be added up, as nothing else does: neither FSDP nor what layers exchange."""
+
+    def cut(self, axis: Axis, dim: int = 0, blocks: int = 1) -> "Layout":
+        """The same, cut once more."""
+        return replace(self, cuts=(*self.cuts, Cut(axis, dim, blocks)))
+
+    def is_cut(self, axis: Axis) -> bool:
+        return any(cut.axis == axis for cut in self.cuts)
 
     def has(self, grid: Grid, rank: int) -> bool:
         """Whether a rank holds any of it."""
@@ -91,6 +98,18 @@ Layouts = Mapping[str, Layout]
 def local(tensor: Tensor) -> Tensor:
     """What of a tensor lies here: a DTensor's own part, and any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole_layouts(model: nn.Module) -> dict[str, Layout]:
+    """Of a model that no rank has cut."""
+    return {name: Layout(tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
+
+
+def cut_parameter(module: nn.Module, name: str, grid: Grid, rank: int, layout: Layout) -> None:
+    """Leave of a parameter, on the meta device, what the layout gives to a rank."""
+    whole = getattr(module, name)
+    part = torch.empty(layout.part_shape(grid, rank), dtype=whole.dtype, device=whole.device)
+    setattr(module, name, nn.Parameter(part, requires_grad=whole.requires_grad))
 
 
 def _as_slice(numbers: Tensor) -> slice | Tensor:

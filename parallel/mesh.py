@@ -118,9 +118,6 @@ class Grid:
         return [first + place * stride for place in range(length)]
 
 
-ALL_ALONE = Grid()
-
-
 @dataclass(frozen=True)
 class Mesh:
     """The grid as this rank sees it, with a process group along each axis that is longer than one."""
@@ -143,7 +140,7 @@ class Mesh:
         return World(rank, self.grid.data, self.world.local_rank, self.groups.get("data"))
 
     def group(self, axis: Axis) -> dist.ProcessGroup | None:
-        """The process group along an axis; None where this rank is alone on it."""
+        """The process group along an axis; None where this rank is alone on it, or all ranks of the run stand there."""
         return self.groups.get(axis)
 
 
@@ -205,7 +202,8 @@ def _told(settings: ParallelSettings) -> str:
 
 
 def build_mesh(settings: ParallelSettings, contexts: Mapping[int, str], world: World, device: torch.device) -> Mesh:
-    """The mesh of this run's ranks; all of them have to call. contexts: see `context_meshes`.
+    """The mesh of this run's ranks; all of them have to call. contexts: how many ranks hold rows together
+    in some stage, and the key that says so.
 
     Groups are made all at once and in one order: ranks that make them in different orders wait for each other for good.
     Raises Refusal, on every rank, where the ranks do not divide as the settings say.
@@ -220,7 +218,7 @@ def build_mesh(settings: ParallelSettings, contexts: Mapping[int, str], world: W
             )
     if world.size == 1:
         return Mesh(grid, world, {})
-    groups = dict(_groups(grid, device))
+    groups = dict(_groups(grid))
     dense = experts = None
     if grid.shard > 1:
         dense = _shards(grid, device, ("pipeline", "replicate", "shard", "tensor"))
@@ -230,17 +228,22 @@ def build_mesh(settings: ParallelSettings, contexts: Mapping[int, str], world: W
     return Mesh(grid, world, groups, dense, experts)
 
 
-def _groups(grid: Grid, device: torch.device) -> Iterator[tuple[str, dist.ProcessGroup]]:
+def _groups(grid: Grid) -> Iterator[tuple[str, dist.ProcessGroup]]:
     """A group along each axis that needs one; those that a DeviceMesh makes for FSDP are beside them."""
-    for axis in ("data", "expert", "expert_replicate", "tensor", "pipeline"):
-        stride, length = grid.line(axis)
-        if 1 < length < grid.size:
-            ranks = torch.arange(grid.size).view(-1, length, stride)
-            lines = ranks.transpose(1, 2).reshape(-1, length).tolist()
-            group, _ = dist.new_subgroups_by_enumeration(lines)
-            yield axis, group
-        elif length == grid.size:
-            yield axis, dist.group.WORLD
+    axes: tuple[Axis, ...] = ("data", "expert", "expert_replicate", "tensor", "pipeline")
+    for axis in axes:
+        if grid.length(axis) > 1:
+            yield axis, group_along(grid.size, *grid.line(axis))
+
+
+def group_along(size: int, stride: int, length: int) -> dist.ProcessGroup:
+    """This rank's group of all those of `length` ranks that are `stride` apart; every rank has to call."""
+    if length == size:
+        assert dist.group.WORLD is not None, "the ranks have been joined"
+        return dist.group.WORLD
+    lines = torch.arange(size).view(-1, length, stride).transpose(1, 2).reshape(-1, length)
+    group, _ = dist.new_subgroups_by_enumeration(lines.tolist())
+    return group
 
 
 def _shards(grid: Grid, device: torch.device, axes: tuple[Axis, ...]) -> DeviceMesh:

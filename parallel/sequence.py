@@ -1,9 +1,8 @@
 """Context parallelism: the ranks of a group hold each row together, and attention reaches from rank to rank."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from attention.attending import Attending
@@ -16,9 +15,9 @@ from context.ulysses import check_heads
 from context.volume import Heads
 from data.batches import Batch
 from model.transformer import ModelSettings, Transformer
-from parallel.mesh import ParallelSettings, SequenceSettings, build_grid
-from parallel.world import World
+from parallel.mesh import Mesh, ParallelSettings, SequenceSettings, group_along
 from parallel.rows import fingerprint, split_batch
+from parallel.world import World
 from settings import Refusal
 
 
@@ -34,9 +33,9 @@ class RowGroup:
     def size(self) -> int:
         return 1 if self.comm is None else self.comm.size
 
-    def groups(self, world: World) -> World:
-        """The world with each group as one rank: what shares out a batch. Ranks of a group are neighbours."""
-        return World(world.rank // self.size, world.size // self.size, world.local_rank)
+    def groups(self, data: World) -> World:
+        """The ranks with tokens of their own, each group as one: what shares out a batch. Groups are neighbours."""
+        return World(data.rank // self.size, data.size // self.size, data.local_rank)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks that hold parts of the same rows."""
@@ -56,30 +55,18 @@ class RowGroup:
 ALONE = RowGroup()
 
 
-def build_row_group(
-    settings: ParallelSettings, world: World, device: torch.device, key: str = "parallel.context"
-) -> RowGroup:
-    """This rank's group of neighbours; raises Refusal, on every rank, where the ranks do not divide into groups.
-
-    key: where the size was written.
-    """
-    if settings.context == 1:
-        return ALONE
-    grid = build_grid(key, settings.context, world, device, ("data", "context"))
-    return RowGroup(GroupComm(grid.get_group("context")), settings.sequence)
-
-
-def build_row_groups(
-    settings: ParallelSettings, keys: Mapping[int, str], world: World, device: torch.device
-) -> dict[int, RowGroup]:
-    """This rank's group of each size; keys: where each was written.
+def build_row_groups(settings: SequenceSettings, sizes: Iterable[int], mesh: Mesh) -> dict[int, RowGroup]:
+    """This rank's group of each size, of neighbours with tokens of their own.
 
     All at once and in one order: ranks that make groups in different orders wait for each other for good.
     """
-    return {
-        size: build_row_group(settings.model_copy(update={"context": size}), world, device, keys[size])
-        for size in sorted(keys)
-    }
+    return {size: _row_group(settings, size, mesh) for size in sorted(sizes)}
+
+
+def _row_group(settings: SequenceSettings, size: int, mesh: Mesh) -> RowGroup:
+    if size == 1:
+        return ALONE
+    return RowGroup(GroupComm(group_along(mesh.grid.size, *mesh.grid.line("context", size))), settings)
 
 
 def split_attention(model: Transformer, group: RowGroup) -> None:
@@ -116,6 +103,7 @@ def check_context(settings: ParallelSettings, model: ModelSettings, key: str = "
             f"{key}={settings.context} gives a rank only a part of a row, but {which} decides by all of it; set {key}=1"
             " or route without it"
         )
+    T = settings.tensor  # of whose ranks each has its share of the heads
     heads, methods = heads_of(model), {"full": settings.sequence.full, "window": settings.sequence.window}
     kinds = {kind.removesuffix("_nope") for kind in model.pattern}
     if settings.sequence.ulysses is not None and "usp" not in {methods[kind] for kind in kinds}:
@@ -126,7 +114,7 @@ def check_context(settings: ParallelSettings, model: ModelSettings, key: str = "
     for kind in kinds:
         if methods[kind] == "ulysses":
             try:
-                check_heads(heads.num_heads, heads.num_kv_heads, settings.context)
+                check_heads(heads.num_heads // T, max(heads.num_kv_heads // T, 1), settings.context)
             except Refusal as refusal:
                 raise ValueError(f'{key}={settings.context}, parallel.sequence.{kind}="ulysses": {refusal}') from None
 

@@ -21,6 +21,7 @@ from optim.schedule import check_schedule, learning_rate
 from parallel.experts import check_experts
 from parallel.mesh import ParallelSettings
 from parallel.sequence import check_context
+from parallel.tensor import check_rows, check_tensor
 from run.branch import BranchSettings
 from run.checkpoint import CheckpointSettings
 from run.gate import check_gates
@@ -138,6 +139,9 @@ class RunConfig(Section):
             if size > MOST_RANKS:
                 raise ValueError(f"{key}={size} is above {MOST_RANKS}, the most ranks that can hold a row together")
             check_context(self.parallel.model_copy(update={"context": size}), self.model, key)
+        check_tensor(self.parallel, self.model)
+        for step in self.stages.first_steps():
+            check_rows(self.parallel, step.sequence_length, self.row_ranks(step.stage), step.length_key)
         return self
 
     @model_validator(mode="after")

@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from context.rotary import AnyRotary
 from context.stages import Stage
 from context.step_plan import StepPlan
 from evals.cost import with_interval
 from evals.scoring import Cell, Materials
 from evals.suite import EvalsSettings, is_due, run_suite, shift_routing
 from model.transformer import Transformer
+from parallel.whole import whole_model
 from run.gate import Verdict, judge
 from run.metrics import Row, plain
 from run.record import Progress, Recorder
@@ -60,7 +62,7 @@ class Examiner:
         evals, stage = self._evals, step.stage
         if is_due(evals, step.start_tokens, step.end_tokens, is_stage_end=step.is_last_of_stage):
             next_rotary = self._stages.new_rotary(progress.tokens)
-            cells = run_suite(self.model, evals, self.materials, next_rotary)
+            cells = self._ask(evals, next_rotary)
             if step.is_last_of_stage:
                 cells += self._end(stage, cells, progress)
             self.recorder.record_evals(progress, stage, cells)
@@ -78,8 +80,10 @@ class Examiner:
             new_rotary = self._stages.new_rotary(progress.tokens)
             # The same questions to the same weights have the same answers; what the next RoPE would do is another one.
             cells = [cell for cell in kept if not cell.task.startswith("routing_shift/")]
-            cells += shift_routing(self.model, evals, self.materials, new_rotary) if kept else []
-            cells = cells or run_suite(self.model, evals, self.materials, new_rotary)
+            if kept:
+                with whole_model(self.model, self.run.mesh, self.run.layouts) as model:
+                    cells += shift_routing(model, evals, self.materials, new_rotary)
+            cells = cells or self._ask(evals, new_rotary)
             self._keep(cells, progress)
             self.recorder.record_evals(progress, before, cells)
         self._ask_at_start(stage, progress)
@@ -117,6 +121,11 @@ class Examiner:
             self.run.say(f"{'warning: ' if gate.action == 'warn' and not self.verdict.is_met else ''}{self.verdict}")
         return self.verdict.cells()
 
+    def _ask(self, evals: EvalsSettings, new_rotary: AnyRotary | None = None) -> list[Cell]:
+        """Of the whole model, which ranks that hold parts of it have to bring together first."""
+        with whole_model(self.model, self.run.mesh, self.run.layouts) as model:
+            return run_suite(model, evals, self.materials, new_rotary)
+
     def _keep(self, cells: Sequence[Cell], progress: Progress) -> None:
         self._stage_end = plain([cell.row(progress.step, progress.tokens) for cell in cells])
 
@@ -124,7 +133,7 @@ class Examiner:
         """Where asked for: the model under the stage's own RoPE, before the stage has trained it."""
         if self.run.config.evals.at_stage_starts:
             self.model.use_rotary(stage.rotary)
-            cells = run_suite(self.model, self.run.config.evals, self.materials)
+            cells = self._ask(self.run.config.evals)
             self.recorder.record_evals(progress, stage, cells, before=self._stages[stage.index - 1])
 
     def _does_stop(self) -> bool:

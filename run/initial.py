@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from data.tokenizer import Tokenizer, build_tokenizer
-from model.initialize import initialize
+from model.initialize import first_values
 from model.transformer import Transformer
 from moe.upcycle import UpcycleSettings, upcycle
+from parallel.whole import fill
 from run.checkpoint import read_checkpoint
 from run.identity import read_recorded
 from run.sealed import Damaged, Tensors, read_json
@@ -30,55 +31,62 @@ class InitialSettings(Section):
 
 
 def first_weights(run: "Run", model: Transformer, tokenizer: Tokenizer) -> None:
-    """Give the model its first values: drawn, or those of the run to start from, in the terminal by name.
+    """Give this rank's parts their first values: drawn, or those of the run to start from, in the terminal by name.
 
     A run that has a checkpoint of its own, or begins with a branch's, has no need of the other's. Every rank reads for
     itself. Raises Refusal, naming tensors, where the other run's shapes, vocabulary or heads differ.
     """
-    config, initial = run.config, run.config.initial
-    initialize(model, config.seed, run.device)
-    if initial is None or config.branch is not None or any((run.folder / "checkpoints").glob("step_*")):
-        return
+    config = run.config
+    has_begun = config.branch is not None or any((run.folder / "checkpoints").glob("step_*"))
+    given = {} if config.initial is None or has_begun else _given(config.initial, run, tokenizer)
+
+    def value_of(name: str, shape: torch.Size) -> torch.Tensor:
+        return given[name] if name in given else first_values(name, shape, config.model, config.seed)
+
+    fill(model, run.device, run.mesh, run.layouts, value_of)
+
+
+def _given(initial: InitialSettings, run: "Run", tokenizer: Tokenizer) -> Tensors:
+    """The whole tensors that come from the other run, as they are or made of its dense layers."""
+    config = run.config
     try:
         state, config_toml, weights = read_checkpoint(initial.checkpoint, run.say)
     except Refusal as refusal:
         raise Refusal(f"initial.checkpoint={initial.checkpoint}: {refusal}") from None
     notes = _refuse_other_meaning(initial.checkpoint, config_toml, config, tokenizer)
-    targets = model.state_dict()
+    targets = {
+        name: torch.empty(layout.shape, dtype=layout.dtype, device="meta") for name, layout in run.layouts.items()
+    }
     dense = {
         layer: f"blocks.{layer}.feed_forward."
-        for layer, block in enumerate(model.blocks)
-        if block.is_moe and f"blocks.{layer}.feed_forward.down.weight" in weights
+        for layer in range(config.model.num_layers)
+        if config.model.feed_forward_kind(layer) == "moe" and f"blocks.{layer}.feed_forward.down.weight" in weights
     }
     _refuse_other_kinds(initial, dense)
     kept = _outside(weights, dense)
     _refuse_other_shapes(initial.checkpoint, kept, _outside(targets, dense))
-    all_made = {
-        layer: _upcycled(config, prefix, weights, targets[prefix + "router.weight"]) for layer, prefix in dense.items()
-    }
-    for name, tensor in kept.items():
-        targets[name].copy_(tensor)
+    all_made = {layer: _upcycled(config, prefix, weights, targets) for layer, prefix in dense.items()}
     run.say(f"starts from {initial.checkpoint}, step {state['step']}: {len(kept)} tensors as they are")
     for note in notes:
         run.say(f"  otherwise than there: {note}")
     for layer, prefix in dense.items():
         made = all_made[layer]
-        for name, tensor in made.items():
-            targets[prefix + name].copy_(tensor)
         fresh = {name.removeprefix(prefix) for name in targets if name.startswith(prefix)} - made.keys()
         run.say(f"  layer {layer}, dense there: upcycled {', '.join(made)}; drawn {', '.join(sorted(fresh)) or '-'}")
+    return kept | {dense[layer] + name: tensor for layer, made in all_made.items() for name, tensor in made.items()}
 
 
-def _upcycled(config: "RunConfig", prefix: str, weights: Tensors, router_ED: torch.Tensor) -> Tensors:
+def _upcycled(config: "RunConfig", prefix: str, weights: Tensors, targets: Tensors) -> Tensors:
     """The MoE layer's tensors that come from the dense one; what is drawn depends on the seed and the layer alone."""
     assert config.initial is not None and config.initial.upcycle is not None and config.model.moe is not None
+    router = prefix + "router.weight"
     digest = hashlib.sha256(f"{config.seed} upcycle {prefix}".encode()).digest()
     return upcycle(
         config.initial.upcycle,
         config.model.moe,
         weights[prefix + "gate_up.weight"],
         weights[prefix + "down.weight"],
-        router_ED,
+        first_values(router, targets[router].shape, config.model, config.seed),
         generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1),
     )
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from data.batches import Batches
 from evals.scoring import Materials
 from evals.suite import check_suite
-from parallel.experts import expert_mesh
+from parallel.mesh import build_mesh
 from parallel.world import World
-from parallel.sequence import build_row_groups
 from run.arms import Entry
 from run.config import rows_of_step
 from run.demand import demand_of
@@ -44,8 +43,7 @@ def check_runs(entries: Sequence[Entry]) -> None:
     for config in (entry.config for entry in entries if not entry.is_finished):
         try:
             device = choose_device(config.device)
-            build_row_groups(config.parallel, config.all_row_ranks, World(), device)
-            expert_mesh(config.parallel, World(), device)
+            build_mesh(config.parallel, config.all_row_ranks, World(), device)
             data = to_toml(config.data)
             batches = opened[data] = opened.get(data) or Batches(config.data, seed=config.seed)
             for step in config.stages.first_steps():

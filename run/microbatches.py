@@ -11,12 +11,14 @@ from context.stages import Stage, Stages
 from context.step_plan import StepPlan
 from data.batches import Batch, Batches
 from data.rows import NO_TARGET
+from model.loss import LossSums
 from model.transformer import Transformer
 from moe.balance import Cut
 from moe.routing import RoutingStats, TokenFacts
 from moe.telemetry import RoutingMeter
 from parallel.rows import SplitBatch, mask_of
 from parallel.sequence import farthest_view
+from parallel.vocabulary import cross_entropy
 from run.config import rows_of_step
 from run.demand import demand_of
 from run.plans import tell_plans
@@ -59,7 +61,7 @@ def split(microbatches: list[Batch], step: StepPlan, run: Run) -> list[Batch]:
 def count_tokens(microbatches: list[Batch], run: Run) -> Tensor:
     """Target tokens and real tokens of the step, over all micro-batches and ranks: int64 (2,), each at least 1."""
     counts = [sum(batch.num_targets for batch in microbatches), sum(batch.num_real for batch in microbatches)]
-    return run.world.sum(torch.tensor(counts, device=run.device)).clamp(min=1)
+    return run.mesh.data.sum(torch.tensor(counts, device=run.device)).clamp(min=1)
 
 
 def cut_of(microbatches: list[Batch], step: StepPlan, run: Run) -> Cut:
@@ -68,7 +70,7 @@ def cut_of(microbatches: list[Batch], step: StepPlan, run: Run) -> Cut:
         num_rows=step.num_samples,
         rows_of_microbatches=tuple(len(batch.tokens_BT) for batch in microbatches),
         sequence_length=step.sequence_length,
-        sum_over_ranks=run.world.sum,
+        sum_over_ranks=run.mesh.data.sum,
         sum_over_shards=run.row_group.sum,
     )
 
@@ -83,6 +85,14 @@ def forward(
     batch = batch.to(run.device)
     with run.autocast():
         return model(batch.tokens_BT, batch.positions_BT, mask_of(batch).within(window), facts=_facts(batch))
+
+
+def loss_of(model: Transformer, hidden_BTD: Tensor, batch: Batch, run: Run) -> LossSums:
+    """The head's loss for what `forward` gave, summed over the batch's targets; batch: on the run's device."""
+    hidden_ND, labels_N, weights_N = (x.flatten(0, 1) for x in (hidden_BTD, batch.labels_BT, batch.weights_BT))
+    chunk, group = run.config.loss_chunk, run.mesh.group("tensor")
+    with run.autocast():
+        return cross_entropy(hidden_ND, model.head_weight, labels_N, weights_N, chunk, group, model.vocab_size)
 
 
 def _facts(batch: Batch) -> TokenFacts:

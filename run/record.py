@@ -128,7 +128,7 @@ class Recorder:
         views = [view for view in (step.window, farthest_view(self.run.config.model)) if view is not None]
         pairs_X = distances_of(microbatches, step.stage.settings.positions, min(views, default=None))
         counts = torch.tensor([*own, *pairs_X.tolist()], device=self.run.device)
-        documents, num_bytes, targets, *pairs = self.run.world.sum(counts).tolist()
+        documents, num_bytes, targets, *pairs = self.run.mesh.data.sum(counts).tolist()
         pairs = [count // self.run.row_group.size for count in pairs]  # ranks of a row have counted the same
         while pairs and not pairs[-1]:
             pairs.pop()

@@ -18,8 +18,11 @@ import torch.distributed as dist
 from context.stages import Stage
 from evals.ranks import Ranks
 from model.size import Size
-from parallel.world import World
+from parallel.layout import Layouts
+from parallel.mesh import Grid, Mesh, build_mesh
 from parallel.sequence import ALONE, RowGroup, build_row_groups
+from parallel.whole import is_in_parts
+from parallel.world import World
 from run.branch import Origin
 from run.config import RunConfig
 from run.environment import environment
@@ -43,21 +46,28 @@ class Run:
     """The ranks that this one holds rows together with, in the stage that was entered last."""
     row_groups: dict[int, RowGroup] = field(default_factory=lambda: {1: ALONE})
     """By size, those of all stages."""
+    mesh: Mesh = field(default=None)  # type: ignore[assignment]  # set below
+    """Who shares what, `world` being all ranks of it; left out, all of them hold the same."""
+    layouts: Layouts = field(default_factory=dict)
+    """How the model lies on them, once it does."""
     stop_requested: bool = False
+
+    def __post_init__(self) -> None:
+        self.mesh = self.mesh or Mesh(Grid(self.world.size), self.world, {})
 
     @property
     def groups(self) -> World:
         """The ranks that take rows of their own: of those that hold rows together, all count as one."""
-        return self.row_group.groups(self.world)
+        return self.row_group.groups(self.mesh.data)
 
     def num_groups(self, stage: Stage) -> int:
         """How many groups of ranks take rows of their own in this stage."""
-        return self.world.size // self.config.row_ranks(stage)
+        return self.mesh.grid.data // self.config.row_ranks(stage)
 
     @property
     def askers(self) -> Ranks:
-        """The ranks that share out what evaluations read: those that hold experts together read the same."""
-        return Ranks(self.world, self.config.parallel.expert)
+        """The ranks that share out what evaluations read: those that only hold experts together read the same."""
+        return Ranks(self.world, 1 if is_in_parts(self.mesh) else self.config.parallel.expert)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of every forward pass: bf16 autocast, or nothing at all in fp32."""
@@ -113,14 +123,15 @@ def start(config: RunConfig, *, fresh: bool = False) -> Run:
     if device.type == "cuda":
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
-    row_groups = build_row_groups(config.parallel, config.all_row_ranks, world, device)
+    mesh = build_mesh(config.parallel, config.all_row_ranks, world, device)
+    row_groups = build_row_groups(config.parallel.sequence, config.all_row_ranks, mesh)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(config.threads or max(1, cores // ranks_here))
     torch.manual_seed(config.seed)
     config = config.model_copy(update={"name": choose_name(config, fresh)})
     dtype, row_group = choose_dtype(config.precision, device), row_groups[config.row_ranks(config.stages[0])]
-    return Run(config, RUNS / config.name, device, dtype, world, row_group, row_groups)
+    return Run(config, RUNS / config.name, device, dtype, world, row_group, row_groups, mesh)
 
 
 def join_ranks(device: torch.device) -> World:

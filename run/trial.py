@@ -11,7 +11,6 @@ import torch
 from context.step_plan import StepPlan
 from data.batches import Batches
 from model.kept import Numbers
-from model.loss import cross_entropy
 from model.memory import states
 from model.transformer import Transformer
 from optim.groups import Optimizer
@@ -19,7 +18,7 @@ from parallel.sequence import split_attention
 from run.config import rows_of_step
 from run.demand import demand_of
 from run.entry import take_shape
-from run.microbatches import forward, split
+from run.microbatches import forward, loss_of, split
 from run.needs import gigabytes, needs_of
 from run.start import Run
 from settings import Refusal
@@ -70,10 +69,7 @@ def forward_and_backward(model: Transformer, batches: Batches, run: Run, step: S
     # Compiled kernels depend on which shapes came first: they are left to the run itself.
     with torch.compiler.set_stance("force_eager") if run.config.compile else nullcontext():
         hidden_BTD, _ = forward(model, batch, run, step.window)
-        hidden_ND, labels_N, weights_N = (x.flatten(0, 1) for x in (hidden_BTD, batch.labels_BT, batch.weights_BT))
-        with run.autocast():
-            sums = cross_entropy(hidden_ND, model.head_weight, labels_N, weights_N, run.config.loss_chunk)
-        sums.weighted.backward()
+        loss_of(model, hidden_BTD, batch, run).weighted.backward()
 
 
 @contextmanager

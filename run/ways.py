@@ -10,13 +10,13 @@ from run.start import Run
 
 
 def try_layers(model: Transformer, stage: Stage, run: Run) -> None:
-    """One forward pass of one token, and each layer's way to attend in training chosen: raises Refusal, or tells.
+    """One forward pass of a token for each rank that shares tokens out, and each layer's way to attend in training chosen: raises Refusal, or tells.
 
     Over every number of ranks that hold rows together in some stage.
     """
     model.use_rotary(stage.rotary)
     with torch.no_grad(), run.autocast():
-        model(torch.zeros(1, 1, dtype=torch.int64, device=run.device))
+        model(torch.zeros(1, run.mesh.grid.tensor, dtype=torch.int64, device=run.device))
     for size, group in run.row_groups.items():
         split_attention(model, group)
         over = f" over {size} ranks" if size > 1 else ""

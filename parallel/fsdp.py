@@ -1,0 +1,93 @@
+"""Sharding: ranks cut weights, gradients and moments among them (ZeRO-3), by torch's FSDP2, a layer at a time.
+
+Products take weights in the run's precision: these are gathered in it, half the bytes under bf16, and give the very
+numbers that autocast gives of whole weights. Routers, norms, embedding and head are gathered in fp32.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from model.block import Block
+from moe.layer import MoE
+from parallel.layout import Layout
+from parallel.mesh import Axis, Mesh
+
+
+def shard(model: nn.Module, mesh: Mesh, dtype: torch.dtype, layouts: dict[str, Layout]) -> None:
+    """Cut every parameter of a model on the meta device; experts among the ranks that hold the same ones.
+
+    dtype: of the run's products. Gradients are summed where they are cut: nothing is left to add up.
+    """
+    if mesh.dense is None:
+        return
+    prefixes = {module: prefix for prefix, module in model.named_modules()}
+    expert_names = {f"{prefixes[moe.experts]}.{name}" for moe in _moes(model) for name in ("gate_up", "down")}
+    own = [parameter for name, parameter in model.named_parameters() if name in expert_names]
+    for name, parameter in model.named_parameters():
+        is_expert = name in expert_names
+        if is_expert and mesh.experts is None:
+            continue  # each rank of the shards has experts of its own
+        axis: Axis = "expert_shard" if is_expert and mesh.experts is not mesh.dense else "shard"
+        dim = _dim(parameter, mesh.grid.length(axis)) if is_expert else 0
+        layout = layouts[name].cut(axis, dim)
+        layouts[name] = Layout(layout.shape, layout.dtype, layout.cuts, layout.stage, _left(layout))
+    apart: dict[str, Any] = {"ignored_params": set(own)} if mesh.experts is None else {}
+    low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        feed_forward = block.feed_forward
+        if isinstance(feed_forward, MoE) and mesh.experts is not None:
+            length = mesh.grid.length("shard" if mesh.experts is mesh.dense else "expert_shard")
+            fully_shard(
+                feed_forward.experts,
+                mesh=mesh.experts,
+                mp_policy=low,
+                shard_placement_fn=partial(_placement, length),
+            )
+        if dtype != torch.float32:
+            dense = feed_forward.shared if isinstance(feed_forward, MoE) else feed_forward
+            _each([block.attention, dense], mesh.dense, low, apart)
+        fully_shard(block, mesh=mesh.dense, **apart)
+    fully_shard(model, mesh=mesh.dense, **apart)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def sync_replicas(model: nn.Module, is_last: bool) -> None:
+    """Of shards that are held several times: add up over replicas with the last micro-batch alone."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_last)
+
+
+def _each(modules: Iterable[nn.Module | None], mesh: DeviceMesh, policy: MixedPrecisionPolicy, apart: Any) -> None:
+    for module in modules:
+        if module is not None:
+            fully_shard(module, mesh=mesh, mp_policy=policy, **apart)
+
+
+def _moes(model: nn.Module) -> list[MoE]:
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def _placement(length: int, parameter: nn.Parameter) -> Shard:
+    return Shard(_dim(parameter, length))
+
+
+def _dim(parameter: nn.Parameter, length: int) -> int:
+    """Where a stack of matrices is cut: between experts where every rank gets some, else within each."""
+    if parameter.shape[0] % length == 0:
+        return 0
+    return next((dim for dim in (1, 2) if parameter.shape[dim] % length == 0), 0)
+
+
+def _left(layout: Layout) -> tuple[Axis, ...]:
+    """What FSDP does not add up: parts of sums over ranks that work on the same tokens."""
+    return tuple(axis for axis in layout.sums if axis == "tensor")
