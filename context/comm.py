@@ -18,8 +18,8 @@ Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 
 # torch 2.13 renames both and warns at every call of the old names; 2.11 has only those.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Handle(Protocol[Result_co]):
@@ -126,14 +126,14 @@ class GroupComm:
         """See Comm."""
         sent = tensor.detach().contiguous()
         arriving = sent.new_empty(self.size, *sent.shape)
-        work = _all_gather(arriving.view(-1), sent.view(-1), group=self.group, async_op=True)
+        work = all_gather(arriving.view(-1), sent.view(-1), group=self.group, async_op=True)
         return Flight([_started(work)], sent, lambda: arriving)
 
     def sum_scatter(self, tensor_W: Tensor) -> Flight[Tensor]:
         """See Comm."""
         sent = tensor_W.detach().contiguous()
         arriving = torch.empty_like(sent[0])
-        work = _reduce_scatter(arriving.view(-1), sent.view(-1), group=self.group, async_op=True)
+        work = reduce_scatter(arriving.view(-1), sent.view(-1), group=self.group, async_op=True)
         return Flight([_started(work)], sent, lambda: arriving)
 
     def sum(self, tensor: Tensor) -> Tensor:

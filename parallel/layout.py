@@ -18,7 +18,7 @@ Index = tuple[slice | Tensor, ...]
 
 @dataclass(frozen=True)
 class Cut:
-    """Ranks along an axis have parts of a dimension each, in their order, as `torch.chunk` cuts it: equal, but the last.
+    """Ranks along an axis have parts of a dimension each, in their order, as `torch.chunk` cuts it: equal but the last.
 
     blocks: so many equal stretches lie along the dimension and each of them is cut, as gate and up in one matrix.
     """

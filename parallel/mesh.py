@@ -153,8 +153,8 @@ def grid_of(settings: ParallelSettings, size: int) -> Grid:
         wanted = together * settings.shard * settings.replicate
         if wanted != size:
             raise Refusal(
-                f"parallel.replicate={settings.replicate} with {_told(settings)} is for {wanted} ranks, and this run has"
-                f" {size}; start {wanted}, or leave parallel.replicate out"
+                f"parallel.replicate={settings.replicate} with {_told(settings)} is for {wanted} ranks, and this run"
+                f" has {size}; start {wanted}, or leave parallel.replicate out"
             )
     if size % unit:
         below = max(size // unit, 1) * unit

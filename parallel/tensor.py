@@ -11,14 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed import _functional_collectives as collectives
+from torch.autograd.function import once_differentiable
 
 from attention.attention import Attention
 from attention.kinds import AnyAttention
 from attention.latent import LatentAttention
+from context.comm import all_gather, reduce_scatter
 from model.feed_forward import FeedForward
 from model.transformer import ModelSettings
 from moe.experts import Experts
@@ -27,12 +29,6 @@ from moe.router import Router
 from moe.routing import RoutingStats
 from parallel.layout import Layout, cut_parameter
 from parallel.mesh import Mesh, ParallelSettings, divisors
-
-# torch 2.13 renames both and warns at every call of the old names; 2.11 has only those.
-_all_gather = getattr(collectives, "all_gather_single_autograd", None) or collectives.all_gather_tensor_autograd
-_reduce_scatter = (
-    getattr(collectives, "reduce_scatter_single_autograd", None) or collectives.reduce_scatter_tensor_autograd
-)
 
 TOKENS = 1
 """The dimension of (B, T, D) along which tokens are shared out."""
@@ -72,8 +68,8 @@ def check_rows(settings: ParallelSettings, sequence_length: int, row_ranks: int,
     if settings.tensor > 1 and sequence_length % together:
         near = max(1, round(sequence_length / together)) * together
         raise ValueError(
-            f"{key}={sequence_length} must be a multiple of {together}, as parallel.tensor={settings.tensor} ranks share"
-            f" out its tokens{f' on each of {row_ranks} that hold a row' if row_ranks > 1 else ''}; try {near}"
+            f"{key}={sequence_length} must be a multiple of {together}, as parallel.tensor={settings.tensor} ranks"
+            f" share out its tokens{f' on each of {row_ranks} that hold a row' if row_ranks > 1 else ''}; try {near}"
         )
 
 
@@ -114,7 +110,7 @@ def _split_ends(model: nn.Module, mesh: Mesh, layouts: dict[str, Layout], group:
 
 
 def _parameters(module: nn.Module, prefix: str, name: str) -> Iterator[tuple[nn.Module, str, str]]:
-    """(its module, its name there, its name in the model) of a linear layer's weight, or of a parameter; of None none."""
+    """(its module, its name there, its name in the model) of a layer's weight, or of a parameter, if any."""
     found = getattr(module, name)
     if isinstance(found, nn.Linear):
         yield found, "weight", f"{prefix}.{name}.weight"
@@ -140,12 +136,53 @@ class VocabularyEmbedding(nn.Module):
 
 def gather_tokens(x_BtD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(B, T / W, D) of each rank to (B, T, D) on all of them; gradients are added up and shared out."""
-    return collectives.wait_tensor(_all_gather(x_BtD, TOKENS, group))
+    return _Gather.apply(x_BtD, group)
 
 
 def share_out_tokens(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Each rank's part (B, T, D) of a sum to the sum's (B, T / W, D); gradients are gathered."""
-    return collectives.wait_tensor(_reduce_scatter(x_BTD, "sum", TOKENS, group))
+    return _ShareOut.apply(x_BTD, group)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BtD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _gathered(x_BtD, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None]:
+        return _shared_out(grad_BTD, ctx.group), None
+
+
+class _ShareOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _shared_out(x_BTD, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BtD: Tensor) -> tuple[Tensor, None]:
+        return _gathered(grad_BtD, ctx.group), None
+
+
+def _gathered(x_BtD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    (B, t, D), W = x_BtD.shape, group.size()
+    parts_WBtD = x_BtD.new_empty(W, B, t, D)
+    all_gather(parts_WBtD, x_BtD.contiguous(), group=group)
+    whole_BTD = x_BtD.new_empty(B, W * t, D)
+    whole_BTD.view(B, W, t, D).copy_(parts_WBtD.transpose(0, 1))
+    return whole_BTD
+
+
+def _shared_out(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
+    (B, T, D), W = x_BTD.shape, group.size()
+    parts_WBtD = x_BTD.reshape(B, W, T // W, D).transpose(0, 1).contiguous()
+    own_BtD = x_BTD.new_empty(B, T // W, D)
+    reduce_scatter(own_BtD, parts_WBtD, group=group)
+    return own_BtD
 
 
 def _gather_before(group: dist.ProcessGroup) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The loss of a head whose rows ranks have cut: each makes its own part of the logits, and no rank ever has them all."""
+"""The loss of a head whose rows ranks have cut: each makes its part of the logits, and no rank has them all."""
 
 from typing import Any
 

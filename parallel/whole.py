@@ -1,4 +1,4 @@
-"""A whole model on every rank, for a while: evaluation asks rank by rank, and no rank has to wait for another's rows."""
+"""A whole model on every rank, for a while: evaluation asks rank by rank, and none waits for another's rows."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

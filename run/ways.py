@@ -10,7 +10,8 @@ from run.start import Run
 
 
 def try_layers(model: Transformer, stage: Stage, run: Run) -> None:
-    """One forward pass of a token for each rank that shares tokens out, and each layer's way to attend in training chosen: raises Refusal, or tells.
+    """One forward pass of a token, or of one for each rank that shares tokens out, and each layer's way to attend in
+    training chosen: raises Refusal, or tells.
 
     Over every number of ranks that hold rows together in some stage.
     """
