@@ -111,10 +111,10 @@ class Grid:
         stride, length = self.line(axis)
         return rank // stride % length
 
-    def along(self, axis: Axis, rank: int) -> list[int]:
+    def along(self, axis: Axis, rank: int, context: int = 1) -> list[int]:
         """The ranks that differ from this one by their place along the axis alone, itself among them, in order."""
-        stride, length = self.line(axis)
-        first = rank - self.place(axis, rank) * stride
+        stride, length = self.line(axis, context)
+        first = rank - rank // stride % length * stride
         return [first + place * stride for place in range(length)]
 
 
@@ -145,60 +145,80 @@ class Mesh:
 
 
 def grid_of(settings: ParallelSettings, size: int) -> Grid:
-    """The grid of so many ranks; raises Refusal, naming the nearest that is possible, where there is none."""
-    _refuse_uneven(settings)
-    together = settings.tensor * settings.pipeline
-    unit = together * math.lcm(settings.shard, settings.expert, settings.context)
-    if settings.replicate is not None:
-        wanted = together * settings.shard * settings.replicate
-        if wanted != size:
-            raise Refusal(
-                f"parallel.replicate={settings.replicate} with {_told(settings)} is for {wanted} ranks, and this run"
-                f" has {size}; start {wanted}, or leave parallel.replicate out"
-            )
-    if size % unit:
-        below = max(size // unit, 1) * unit
-        key, value, near = _nearest(settings, size)
-        raise Refusal(
-            f"parallel.{key}={value} does not divide the {size} ranks of this run ({_told(settings)}); start {below} of"
-            f" them (torchrun --nproc-per-node {below}) or set parallel.{key}={near}"
-        )
+    """The grid of so many ranks; raises Refusal, with ways out that are possible, where there is none."""
+    if not _fits(settings, size):
+        raise Refusal(f"{_trouble(settings, size)}; {' or '.join(_ways_out(settings, size))}")
     return Grid(size, settings.shard, settings.expert, settings.tensor, settings.pipeline)
 
 
-def _refuse_uneven(settings: ParallelSettings) -> None:
-    """Shards of the same experts have to be whole ranks: one of the two sizes divides the other."""
-    small, large = sorted((settings.shard, settings.expert))
-    if large % small:
-        near = min((d for d in (*divisors(large), large * 2)), key=lambda d: (abs(d - small), d))
-        key = "shard" if settings.shard == small else "expert"
-        raise Refusal(
-            f"parallel.shard={settings.shard} and parallel.expert={settings.expert}: one has to divide the other; try"
-            f" parallel.{key}={near}"
+def _fits(settings: ParallelSettings, size: int) -> bool:
+    """Shards of the same experts have to be whole ranks, and every axis has to divide what it groups."""
+    wanted = settings.tensor * settings.pipeline * settings.shard * (settings.replicate or 1)
+    is_asked = settings.replicate is None or wanted == size
+    return is_asked and not _is_uneven(settings) and size % _unit(settings) == 0
+
+
+def _is_uneven(settings: ParallelSettings) -> bool:
+    return max(settings.shard, settings.expert) % min(settings.shard, settings.expert) > 0
+
+
+def _unit(settings: ParallelSettings, *contexts: int) -> int:
+    """The ranks are so many, or a multiple of it."""
+    data = math.lcm(settings.shard, settings.expert, settings.context, *contexts)
+    return settings.tensor * settings.pipeline * data
+
+
+def _trouble(settings: ParallelSettings, size: int) -> str:
+    if _is_uneven(settings):
+        return f"parallel.shard={settings.shard} and parallel.expert={settings.expert}: one has to divide the other"
+    wanted = settings.tensor * settings.pipeline * settings.shard * (settings.replicate or 1)
+    if settings.replicate is not None and wanted != size:
+        return (
+            f"parallel.replicate={settings.replicate} with {_told(settings)} is for {wanted} ranks, and this run has"
+            f" {size}"
         )
+    key = _first_that_does_not_divide(settings, size)
+    others = _told(settings, but=key)
+    among = f" beside {others}" if others else ""
+    return f"parallel.{key}={getattr(settings, key)} does not divide the {size} ranks of this run{among}"
 
 
-def _nearest(settings: ParallelSettings, size: int) -> tuple[str, int, int]:
-    """(key, its value, the nearest that would do) of the first axis that does not divide what the ones before left."""
+def _first_that_does_not_divide(settings: ParallelSettings, size: int) -> str:
+    """Of the axes; the last where each of them divides, and not all of them together."""
     left = size
     for key in ("tensor", "pipeline"):
-        value = getattr(settings, key)
-        if left % value:
-            return key, value, min(divisors(left), key=lambda d: (abs(d - value), d))
-        left //= value
-    for key in ("shard", "expert", "context"):
-        value = getattr(settings, key)
-        if left % value:
-            return key, value, min(divisors(left), key=lambda d: (abs(d - value), d))
-    # Each of them divides, and not all of them together.
-    value = settings.context
-    return "context", value, math.gcd(value, max(settings.shard, settings.expert))
+        if left % getattr(settings, key):
+            return key
+        left //= getattr(settings, key)
+    return next((key for key in ("shard", "expert") if left % getattr(settings, key)), "context")
 
 
-def _told(settings: ParallelSettings) -> str:
-    axes = ("shard", "expert", "context", "tensor", "pipeline")
-    told = [f"{axis} {getattr(settings, axis)}" for axis in axes if getattr(settings, axis) > 1]
-    return ", ".join(told) or "nothing shared"
+def _ways_out(settings: ParallelSettings, size: int) -> list[str]:
+    """Other numbers of ranks, and values of one key, that are possible."""
+    ways, free = [], settings.model_copy(update={"replicate": None})
+    wanted = settings.tensor * settings.pipeline * settings.shard * (settings.replicate or 1)
+    below = wanted if settings.replicate else max(size // _unit(settings), 1) * _unit(settings)
+    if _fits(settings, below):
+        ways.append(f"start {below} of them (torchrun --nproc-per-node {below})")
+    if _fits(free, size):
+        return [*ways, "leave parallel.replicate out"]
+    first = min(("shard", "expert"), key=lambda k: getattr(settings, k)) if _is_uneven(settings) else None
+    first = first or _first_that_does_not_divide(settings, size)
+    for key in (first, *(axis for axis in AXES if axis != first)):
+        values = [v for v in divisors(size) if _fits(settings.model_copy(update={key: v}), size)]
+        if values:
+            near = min(values, key=lambda v: (abs(v - getattr(settings, key)), v))
+            return [*ways, f"set parallel.{key}={near}"]
+    if ways:
+        return ways
+    if _is_uneven(settings):
+        return [f"set parallel.{key}=1 and leave parallel.replicate out" for key in ("shard", "expert")]
+    return [f"leave parallel.replicate out and start {_unit(free)} of them (torchrun --nproc-per-node {_unit(free)})"]
+
+
+def _told(settings: ParallelSettings, but: str = "") -> str:
+    told = [f"{axis} {getattr(settings, axis)}" for axis in AXES if axis != but and getattr(settings, axis) > 1]
+    return ", ".join(told)
 
 
 def build_mesh(settings: ParallelSettings, contexts: Mapping[int, str], world: World, device: torch.device) -> Mesh:
