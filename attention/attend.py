@@ -1,5 +1,6 @@
 """Attention with gradients, whatever computes it: one autograd function over a backend's forward and backward."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +11,32 @@ from torch.autograd.function import once_differentiable
 from attention.contract import PLAIN, Backend, Options
 from attention.mask import Mask
 
+Keep = Callable[[Tensor], Callable[[], Tensor]]
+"""Puts a tensor where it is kept, and returns what gives it back."""
+
+
+def in_place(tensor: Tensor) -> Callable[[], Tensor]:
+    """A Keep that leaves it where it is."""
+    return lambda: tensor
+
 
 @dataclass
 class Kept:
     """What a first pass answered, for its recomputation: attention, and what it sends around, is not done twice."""
 
-    out_BTHE: Tensor | None = None
-    lse_BHT: Tensor | None = None
+    keep: Keep = in_place
+    answer: tuple[Callable[[], Tensor], Callable[[], Tensor]] | None = None
+
+    @property
+    def out_BTHE(self) -> Tensor | None:
+        return None if self.answer is None else self.answer[0]()
+
+    def put(self, out_BTHE: Tensor, lse_BHT: Tensor) -> None:
+        """Detached: an output that knows its own graph would keep it alive in a circle."""
+        self.answer = self.keep(out_BTHE.detach()), self.keep(lse_BHT.detach())
+
+    def forget(self) -> None:
+        self.answer = None
 
 
 def attend(  # noqa: PLR0917 (q, k, v and mask are what attention is about)
@@ -62,15 +82,13 @@ class Attend(torch.autograd.Function):
         kept: Kept | None,
         needs_lse_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
-        if kept is not None and kept.out_BTHE is not None:
-            assert kept.lse_BHT is not None
-            out_BTHE, lse_BHT = kept.out_BTHE.detach(), kept.lse_BHT.detach()
+        if kept is not None and kept.answer is not None:
+            out_BTHE, lse_BHT = (give().detach() for give in kept.answer)
         else:
             with _own_precision(q_BTHC):
                 out_BTHE, lse_BHT = _forward(backend, q_BTHC, k_BSGC, v_BSGE, sink_H, mask, options)
-        if kept is not None:
-            # Detached: an output that knows its own graph would keep it alive in a circle.
-            kept.out_BTHE, kept.lse_BHT = out_BTHE.detach(), lse_BHT.detach()
+            if kept is not None:
+                kept.put(out_BTHE, lse_BHT)
         ctx.save_for_backward(q_BTHC, k_BSGC, v_BSGE, sink_H, out_BTHE, lse_BHT)
         ctx.backend, ctx.mask, ctx.options, ctx.kept = backend, mask, options, kept
         ctx.set_materialize_grads(False)
@@ -83,7 +101,7 @@ class Attend(torch.autograd.Function):
     def backward(ctx: Any, grad_BTHE: Tensor | None, grad_lse_BHT: Tensor | None) -> tuple[Tensor | None, ...]:
         q_BTHC, k_BSGC, v_BSGE, sink_H, out_BTHE, lse_BHT = ctx.saved_tensors
         if ctx.kept is not None:  # what recomputes is done with it, and torch's checkpoint would hold on to it
-            ctx.kept.out_BTHE = ctx.kept.lse_BHT = None
+            ctx.kept.forget()
         if grad_BTHE is None:
             grad_BTHE = torch.zeros_like(out_BTHE)
         grad_BTHE = with_channels_together(grad_BTHE)

@@ -10,11 +10,12 @@ from typing import Any
 
 from attention.attention import AttentionSettings, channels_per_head
 from attention.latent import LatentSettings
+from model.block import Kind
 from model.size import attention_layer, num_scored
 from model.transformer import ModelSettings
 from moe.layer import MoESettings
 
-FP32, INT64 = 4, 8
+FP32, INT32, INT64 = 4, 4, 8
 
 
 @dataclass(frozen=True)
@@ -57,34 +58,64 @@ class LayerBytes:
         return self.residual + self.attention + self.feed_forward + self.router + self.experts
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Who else has a part in a layer."""
+
+    expert: int = 1
+    """How many hold the experts together."""
+    rows: int = 1
+    """How many hold each row together; latents are then not expanded."""
+
+    def arrivals(self, moe: MoESettings) -> int:
+        """To how many ranks a token travels at most; at even load as many come as leave."""
+        return min(num_slots(moe), self.expert) if self.expert > 1 else 0
+
+
+ALONE = Ranks()
+
+
+def kept(settings: ModelSettings, layer: int, kind: Kind, numbers: Numbers, ranks: Ranks = ALONE) -> LayerBytes:
+    """Of one layer that is recomputed as `kind` says."""
+    return (_by_none if kind == "none" else _by_recomputed)(settings, layer, kind, numbers, ranks)
+
+
 def kept_by_layer(settings: ModelSettings, layer: int, numbers: Numbers, *, is_split: bool = False) -> LayerBytes:
-    """Of one layer that is not recomputed. is_split: rows lie on several ranks, and latents are not expanded."""
-    D, c = settings.width, numbers.itemsize
+    return kept(settings, layer, "none", numbers, Ranks(rows=2 if is_split else 1))
+
+
+def kept_by_recomputed(settings: ModelSettings, layer: int, numbers: Numbers, *, is_split: bool = False) -> LayerBytes:
+    return kept(settings, layer, "ops", numbers, Ranks(rows=2 if is_split else 1))
+
+
+def _by_none(settings: ModelSettings, layer: int, _kind: Kind, numbers: Numbers, ranks: Ranks) -> LayerBytes:
+    D, c, is_split = settings.width, numbers.itemsize, ranks.rows > 1
     attention = ATTENTION[settings.attention.kind](settings.attention, D, numbers, is_split)
     residual = 2 * (FP32 * D + FP32)
     copies = attention_layer(settings).projections * c
     if settings.feed_forward_kind(layer) == "dense":
         F = settings.feed_forward_width or 0
         # What goes in, gate and up; GPUs also keep their product, which CPUs make again.
-        kept = LayerBytes(residual, attention, c * (D + 2 * F + (0 if numbers.device == "cpu" else F)))
+        found = LayerBytes(residual, attention, c * (D + 2 * F + (0 if numbers.device == "cpu" else F)))
         copies += 3 * D * F * c
     else:
         assert settings.moe is not None, "checked by ModelSettings"
-        kept = _moe(settings.moe, residual, attention, D, numbers)
-        copies += 3 * D * settings.moe.expert_width * (settings.moe.num_experts + settings.moe.num_shared_experts) * c
+        found = _moe(settings.moe, residual, attention, D, numbers, ranks)
+        num_experts = settings.moe.num_experts // ranks.expert + settings.moe.num_shared_experts
+        copies += 3 * D * settings.moe.expert_width * num_experts * c
         copies += D * c if settings.moe.shared_gate else 0
-    return LayerBytes(**{**vars(kept), "copies": copies if numbers.is_cast else 0})
+    return LayerBytes(**{**vars(found), "copies": copies if numbers.is_cast else 0})
 
 
-def kept_by_recomputed(settings: ModelSettings, layer: int, numbers: Numbers, *, is_split: bool = False) -> LayerBytes:
-    """Of a layer that is run again: what comes in, what attention answered, and what was decided for each token."""
-    attention, moe = settings.attention, settings.moe
-    is_moe = settings.feed_forward_kind(layer) == "moe"
-    return LayerBytes(
-        residual=FP32 * settings.width,
-        attention=_answer(attention, settings.width, numbers, is_split),
-        router=_decided(moe) if is_moe and moe is not None else 0,
-    )
+def _by_recomputed(settings: ModelSettings, layer: int, kind: Kind, numbers: Numbers, ranks: Ranks) -> LayerBytes:
+    """What comes in, what was decided for each token, and, but for "full", what attention answered and ranks sent."""
+    D, moe = settings.width, settings.moe
+    attention = _answer(settings.attention, D, numbers, ranks.rows > 1) if kind == "ops" else 0
+    if moe is None or settings.feed_forward_kind(layer) == "dense":
+        return LayerBytes(residual=FP32 * D, attention=attention)
+    arrived = numbers.itemsize * D + FP32 * num_slots(moe) if kind == "ops" else 0
+    experts = ranks.arrivals(moe) * (arrived + _layout(moe))
+    return LayerBytes(residual=FP32 * D, attention=attention, router=_decided(moe), experts=experts)
 
 
 def _answer(attention: AttentionSettings | LatentSettings, width: int, numbers: Numbers, is_split: bool) -> int:
@@ -128,7 +159,9 @@ def _latent(attention: LatentSettings, width: int, numbers: Numbers, is_split: b
 ATTENTION: dict[str, Callable[[Any, int, Numbers, bool], int]] = {"grouped": _grouped, "latent": _latent}
 
 
-def _moe(moe: MoESettings, residual: int, attention: int, width: int, numbers: Numbers) -> LayerBytes:
+def _moe(  # noqa: PLR0917 (what of a layer is known by then)
+    moe: MoESettings, residual: int, attention: int, width: int, numbers: Numbers, ranks: Ranks
+) -> LayerBytes:
     """Every slot counted: what a capacity drops, or null experts leave out, is kept less."""
     c, D, K, F = numbers.itemsize, width, moe.experts_per_token, moe.expert_width
     S = moe.num_shared_experts * F
@@ -144,7 +177,16 @@ def _moe(moe: MoESettings, residual: int, attention: int, width: int, numbers: N
     choice = (INT64 + FP32 * plain + (INT64 + FP32 + 1 if has_gaps else 0)) * num_slots(moe)
     places = INT64 * (num_slots(moe) + 2 * K)  # where slots stand once they are sorted
     rows = 0 if moe.recompute == "up" else c * K * 2 * F
+    if Q := ranks.arrivals(moe):
+        # Every token that came has all its slots and gates, with a mark on those that are another rank's.
+        places = INT64 * (2 * Q * num_slots(moe) + K) + Q * (FP32 + 1) * num_slots(moe)
+        cast = Q * (c * D + _layout(moe))
     return LayerBytes(residual, attention, shared, scores + choice, cast + places + rows)
+
+
+def _layout(moe: MoESettings) -> int:
+    """Of a token on its way to one rank: its own number, its place among those that leave, and its experts there."""
+    return 2 * INT64 + INT32 * num_slots(moe)
 
 
 def _decided(moe: MoESettings) -> int:

@@ -6,14 +6,13 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from attention.cache import KVCache
 from attention.kinds import AnyAttentionSettings, build_attention
 from attention.mask import Mask
 from context.rotary import AnyRotary, LayerView
 from context.rotation import LayerRotary
-from model.block import Block, BlockMemo
+from model.block import Block
 from model.feed_forward import FeedForward
 from model.norm import RMSNorm
 from moe.layer import MoE, MoESettings
@@ -101,16 +100,14 @@ class ModelSettings(Section):
 class Transformer(nn.Module):
     """Tokens to hidden states after the final norm, and the routing of every MoE layer in order of depth.
 
-    `use_rotary` chooses the rotation and must be called before the first forward. `recompute` keeps only each block's
-    input and what attention answered, and runs the rest of the block again in the backward pass; the routing returned
-    is that of the first run.
+    `use_rotary` chooses the rotation and must be called before the first forward. Of blocks that are run again in the
+    backward pass the routing returned is that of the first run.
     """
 
     def __init__(self, settings: ModelSettings, vocab_size: int) -> None:
         super().__init__()
         self.settings = settings
         self.vocab_size = vocab_size
-        self.recompute = False
         self.rotary: LayerRotary | None = None
         self.pipeline: object | None = None
         """What passes micro-batches through the layers that are here, where ranks hold them one after another."""
@@ -169,10 +166,7 @@ class Transformer(nn.Module):
         all_routing = []
         for layer in layers:
             block, rotation = self.blocks[layer], rotations[self.settings.view(layer)]
-            if self.recompute and torch.is_grad_enabled():
-                x_BTD, routing = checkpoint(block, x_BTD, rotation, mask, facts, None, BlockMemo(), use_reentrant=False)
-            else:
-                x_BTD, routing = block(x_BTD, rotation, mask, facts, None if cache is None else cache.layer(layer))
+            x_BTD, routing = block(x_BTD, rotation, mask, facts, None if cache is None else cache.layer(layer))
             all_routing.append(routing)
         return x_BTD, tuple(routing for routing in all_routing if routing is not None)
 

@@ -4,7 +4,7 @@ A token travels once to a rank, however many of its experts live there, with the
 what comes back is that rank's gate-weighted sum for it, and the sums of all ranks are added up where the token is from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -42,8 +42,10 @@ class Exchange:
     """Dispatcher between the ranks of a group that hold `num_experts` experts in equal parts, in order of rank.
 
     Sizes are exchanged once a layer and pass, and waiting for them is the only time the host waits for the device; with
-    a memo they are kept, so that a recomputation has the same layout and exchanges none. All ranks of the group have to
-    send together, if only no tokens. Gradients take the same ways backwards.
+    a memo they are kept, so that a recomputation has the same layout and exchanges none. A memo that keeps tokens has
+    them for the recomputation too, which then sends nothing: what came home is never asked for again, as nothing behind
+    it is saved for gradients. All ranks of the group have to send together, if only no tokens. Gradients take the same
+    ways backwards.
     """
 
     group: dist.ProcessGroup
@@ -60,7 +62,9 @@ class Exchange:
             layout = self._lay_out(chosen_NK)
             if memo is not None:
                 memo.kept["exchange"] = layout
-        journey = Journey(Outward(layout, self.group), Homeward(layout, self.group))
+        there = Outward(layout, self.group)
+        leg = there if memo is None or memo.keep is None else Once(there, memo, memo.keep)
+        journey = Journey(leg, Homeward(layout, self.group))
         ticket: Tensor = _Begin.apply(journey, x_ND.to(compute_dtype(x_ND)), gates_NK)
         return ExchangeParcel(journey, ticket, layout, self.num_experts // self.group.size())
 
@@ -227,6 +231,29 @@ class Homeward:
     def end(self) -> list[Tensor]:
         flights, self.flights = self.flights, []
         return [_sum_places(_land(flight), self.layout.places_NQ) for flight in flights]
+
+
+@dataclass
+class Once:
+    """A leg that the first pass alone travels: what came is kept, and given to the second."""
+
+    leg: Leg
+    memo: Memo
+    keep: Callable[[Tensor], Callable[[], Tensor]]
+
+    def begin(self, tensors: Sequence[Tensor]) -> None:
+        if "arrived" not in self.memo.kept:
+            self.leg.begin(tensors)
+
+    def end(self) -> list[Tensor]:
+        # Given away: torch's checkpoint holds on to the memo long after the second pass.
+        arrived = self.memo.kept.pop("arrived", None)
+        if arrived is not None:
+            return [give() for give in arrived]
+        tensors = self.leg.end()
+        # Detached: an output that knows its own graph would keep it alive in a circle.
+        self.memo.kept["arrived"] = [self.keep(tensor.detach()) for tensor in tensors]
+        return tensors
 
 
 class _Begin(torch.autograd.Function):

@@ -145,12 +145,13 @@ class MoE(nn.Module):
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         stats = self.router(x_ND, facts, memo)
         parcel = self.dispatcher.send(x_ND, stats.chosen_NK, stats.gates_NK, memo)
-        # Shared experts work on what stays here while the rest travels.
-        shared_ND = None if self.shared is None else self.shared(x_ND)
+        # What stays here is worked on while the rest travels; and with nothing behind the experts that saves tensors,
+        # a recomputation ends before their answers travel home once more.
+        stays = [] if self.shared is None else [self.shared(x_ND)]
+        if stats.copy_N is not None:
+            stays.append(stats.copy_N[:, None].to(x_ND.dtype) * x_ND)
         max_rows = self.router.max_rows(facts) if parcel.num_slots is None else parcel.num_slots
         out_ND = parcel.bring_back(self.experts(*parcel.receive(), max_rows))
-        if shared_ND is not None:
-            out_ND = out_ND + shared_ND
-        if stats.copy_N is not None:
-            out_ND = out_ND + stats.copy_N[:, None].to(x_ND.dtype) * x_ND
+        for part_ND in stays:
+            out_ND = out_ND + part_ND
         return out_ND.view_as(x_BTD), stats

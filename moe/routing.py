@@ -1,5 +1,6 @@
 """What routers are told of tokens, and what they decide: plain data, passed on and returned, kept in no module."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +79,9 @@ class Memo:
     """
 
     kept: dict[str, Any] = field(default_factory=dict)
+    keep: Callable[[Tensor], Callable[[], Tensor]] | None = None
+    """Puts tokens that came from other ranks where they are kept, so that they are not sent twice, and returns what
+    gives them back; None: they are sent again."""
 
 
 def count_rows(chosen: Tensor, num_experts: int) -> Tensor:

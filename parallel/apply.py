@@ -9,19 +9,28 @@ from parallel.experts import split_experts
 from parallel.fsdp import shard
 from parallel.layout import Layout, Layouts, whole_layouts
 from parallel.mesh import Axis, Mesh
+from parallel.recompute import BudgetSettings, RecomputeSettings, recompute_layers
 from parallel.tensor import split_tensors
 
 
 def parallelize(
-    model: Transformer, mesh: Mesh, *, compile: bool, recompute: bool, dtype: torch.dtype = torch.float32
+    model: Transformer,
+    mesh: Mesh,
+    *,
+    compile: bool,
+    recompute: RecomputeSettings,
+    dtype: torch.dtype = torch.float32,
 ) -> Layouts:
-    """Leave on this rank its part of everything, and say how all of it lies. dtype: of the run's products."""
+    """Leave on this rank its part of everything, and say how all of it lies. dtype: of the run's products.
+
+    recompute: a budget's choice is made where a stage is entered; until then everything is run again.
+    """
     layouts = whole_layouts(model)
     split_tensors(model, mesh, layouts)
     split_experts(model, mesh, layouts)
     for name, layout in layouts.items():
         layouts[name] = Layout(layout.shape, layout.dtype, layout.cuts, layout.stage, sums_of(layout, mesh))
-    model.recompute = recompute
+    recompute_layers(model, "full" if isinstance(recompute, BudgetSettings) else recompute)
     if compile:
         compile_layers(model)
     shard(model, mesh, dtype, layouts)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from run.identity import MAY_CHANGE, may_change, read_recorded
-from run.sealed import MANIFEST, Damaged, read_json, read_text
+from run.manifest import MANIFEST, Damaged, read_json, read_text
 from settings import Refusal, Section, differences
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAY_DIFFER = (
     *MAY_CHANGE,
     *("branch", "total_tokens", "evals"),
-    *("tokens_per_microbatch", "recompute", "compile", "loss_chunk"),
+    *("tokens_per_microbatch", "compile", "loss_chunk"),
 )
 """Keys that say nothing about the stages before, or only how they were computed."""
 

@@ -20,6 +20,7 @@ from optim.groups import OptimizerSettings
 from optim.schedule import check_schedule, learning_rate
 from parallel.experts import check_experts
 from parallel.mesh import ParallelSettings
+from parallel.recompute import RecomputeSettings
 from parallel.sequence import check_context
 from parallel.tensor import check_rows, check_tensor
 from run.branch import BranchSettings
@@ -79,8 +80,12 @@ class RunConfig(Section):
     """CPU threads of each rank; left out, all cores shared among the ranks of this machine."""
     compile: bool = False
     """Compile the position-wise part of each layer with torch.compile."""
-    recompute: bool = False
-    """Keep only each layer's input for the backward pass and compute the rest again."""
+    recompute: RecomputeSettings = "none"
+    """What of each layer is computed again in the backward pass, to keep less for it. "full": all but the choice of
+    experts; "ops": all but that, attention, and what ranks send each other for either; { budget = "20 GB" }: of each
+    layer as little as a rank's memory allows. true, as was written once, is "ops"."""
+    offload: bool = False
+    """Keep in host memory what the backward pass will need; copies overlap with computation. On CPUs nothing moves."""
     parallel: ParallelSettings = ParallelSettings()
     loss_chunk: PositiveInt = 4096
     """Tokens whose logits exist at one time."""

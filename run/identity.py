@@ -11,7 +11,10 @@ from typing import Any
 
 from settings import AnySection, Refusal, Section, Table, differences, validate
 
-MAY_CHANGE = ("name", "device", "log", "checkpoint", "profile", "threads", "parallel", "trial")
+MAY_CHANGE = (
+    *("name", "device", "log", "checkpoint", "profile", "threads", "parallel", "trial"),
+    *("recompute", "offload"),
+)
 """The keys under which a run may continue with other values; its folder may be renamed and copied."""
 MAY_CHANGE_INSIDE = ("model.moe.router.at_eval", "context.stages.*.context")
 """Keys further down that no trained number depends on; * is any number."""

@@ -8,10 +8,12 @@ import torch
 
 import train
 from context.rotary import DefaultRotary
+from model.block import Kind
 from model.initialize import initialize
 from model.transformer import build_model
 from moe.router import KINDS, Router
 from moe.routing import TokenFacts
+from parallel.recompute import recompute_layers
 from run.config import load_config
 
 FOLDER = Path(__file__).parents[1] / "configs" / "moe"
@@ -64,14 +66,15 @@ def test_every_layer_of_a_model_draws_for_itself() -> None:
     assert layers == [0, 1]
 
 
+@pytest.mark.parametrize("kind", ["ops", "full"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_recomputation_with_a_router_that_is_never_the_same_twice(name: str) -> None:
+def test_recomputation_with_a_router_that_is_never_the_same_twice(name: str, kind: Kind) -> None:
     """Non-deterministic kernels make logits differ: the rows of the second pass must still be those of the first."""
     config = load_config(FOLDER / f"{name}.toml", list(SMALL))
     model = build_model(config.model, 61)
     initialize(model, 0, "cpu")
     model.use_rotary(DefaultRotary(base=10_000.0))
-    model.recompute = True
+    recompute_layers(model, kind)
     for module_name, module in model.named_modules():
         if module_name.endswith(".router"):
             # Not torch's own generator: a recomputation would put that back.

@@ -1,12 +1,9 @@
-"""Properties of the decoder: causality, documents, windows, recompute, ties, settings that make no sense."""
+"""Properties of the decoder: causality, documents, windows, ties, settings that make no sense."""
 
 import pytest
 import torch
 
-from attention.backends.reference import Reference
 from attention.mask import Documents, Mask
-from model import transformer
-from model.block import BlockMemo
 from model.loss import cross_entropy
 from settings import Refusal
 
@@ -97,65 +94,6 @@ def test_rotation_is_chosen_from_outside(tiny_model) -> None:
     assert not torch.allclose(before, changed, atol=1e-3)
     model.use_rotary(DefaultRotary(base=10_000.0))
     assert torch.equal(model(tokens)[0], before)
-
-
-def test_recompute_gives_identical_gradients_and_counts_routing_once(tiny_model) -> None:
-    model, tokens = tiny_model(moe=True), random_tokens(3, 33)
-    results = []
-    for recompute in (False, True):
-        model.recompute = recompute
-        model.zero_grad()
-        loss, routing = loss_of(model, tokens)
-        # A loss on the routing itself must reach the router through the recomputed pass too.
-        (loss + sum(stats.logits_NE.square().sum() for stats in routing)).backward()
-        results.append((loss.detach(), routing, [p.grad.clone() for p in model.parameters()]))
-    (loss, routing, grads), (loss_again, routing_again, grads_again) = results
-    assert torch.equal(loss, loss_again)
-    assert len(routing) == len(routing_again) == 4
-    for stats, stats_again in zip(routing, routing_again, strict=True):
-        assert torch.equal(stats.chosen_NK, stats_again.chosen_NK)
-        assert torch.equal(stats.counts_E, stats_again.counts_E)
-        assert stats.counts_E.sum() == 3 * 32 * 2
-    assert all(torch.equal(grad, again) for grad, again in zip(grads, grads_again, strict=True))
-
-
-def test_recompute_attends_once_and_lets_go_of_the_answers(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention, and what ranks would send for it, is not done again; what was kept for that dies with the graph."""
-    model, tokens = tiny_model(moe=True), random_tokens(2, 33)
-    model.recompute = True
-    memos: list[BlockMemo] = []
-    forwards: list[int] = []
-
-    def watched() -> BlockMemo:
-        memos.append(BlockMemo())
-        return memos[-1]
-
-    class Counted(Reference):
-        def forward(self, *arguments):
-            forwards.append(1)
-            return super().forward(*arguments)
-
-    monkeypatch.setattr(transformer, "BlockMemo", watched)
-    for block in model.blocks:
-        monkeypatch.setattr(block.attention.attend, "backend", lambda needs: Counted())
-    loss, _ = loss_of(model, tokens)
-    assert len(forwards) == 4 and len(memos) == 4
-    assert all(memo.attention.out_BTHE is not None and memo.routing.kept for memo in memos)
-    loss.backward()
-    assert len(forwards) == 4
-    assert all(memo.attention.out_BTHE is None and memo.attention.lse_BHT is None for memo in memos)
-
-
-def test_recompute_keeps_fewer_activations(tiny_model) -> None:
-    model, tokens = tiny_model(), random_tokens(2, 33)
-
-    def kept(recompute: bool) -> int:
-        model.recompute, sizes = recompute, []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
-            model(tokens)
-        return sum(sizes)
-
-    assert kept(recompute=True) < kept(recompute=False) / 4
 
 
 def test_every_parameter_learns(either_model) -> None:

@@ -228,6 +228,8 @@ def test_where_a_run_is_computed_and_how_it_is_watched_may_change(tmp_path: Path
         "profile.start_step=2",
         "parallel.expert=2",
         "trial=false",
+        "recompute=full",
+        "offload=true",
     )
     assert {override.partition("=")[0].partition(".")[0] for override in free} == set(MAY_CHANGE)
     assert different(recorded(), written(tmp_path, BIAS[0], *free)) == []
