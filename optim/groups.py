@@ -1,12 +1,14 @@
 """Which parameters get which optimizer, and which of them decay."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from optim.muon import MuonOverRanks
 from optim.schedule import ConstantSchedule, ScheduleSettings
 from settings import Section
 
@@ -102,8 +104,18 @@ class Optimizer:
             optimizer.load_state_dict(state)
 
 
-def build_optimizer(model: nn.Module, settings: AdamWSettings | MuonSettings) -> Optimizer:
-    """The optimizer of a model whose parameters already lie on their device."""
+@dataclass(frozen=True)
+class Parts:
+    """What a parameter here is a part of, where ranks have cut it."""
+
+    gather: Callable[[nn.Parameter, Tensor], Tensor]
+    """What is here of something of the parameter's shape, to the whole of it; all that have a part have to call."""
+    take: Callable[[nn.Parameter, Tensor], Tensor]
+    """The whole of something, to what of it belongs here."""
+
+
+def build_optimizer(model: nn.Module, settings: AdamWSettings | MuonSettings, parts: Parts | None = None) -> Optimizer:
+    """The optimizer of a model whose parameters already lie on their device. parts: where ranks have cut some."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if isinstance(settings, AdamWSettings):
         return Optimizer([_adamw(named, settings, settings.learning_rate)], settings.learning_rate, settings.clip)
@@ -111,7 +123,7 @@ def build_optimizer(model: nn.Module, settings: AdamWSettings | MuonSettings) ->
     others = [(name, parameter) for name, parameter in named if not is_hidden_matrix(name, parameter)]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(_muon(matrices, settings))
+        optimizers.append(_muon(matrices, settings, parts))
     if others:
         optimizers.append(_adamw(others, settings, settings.adamw_learning_rate or settings.learning_rate))
     return Optimizer(optimizers, settings.learning_rate, settings.clip)
@@ -158,10 +170,13 @@ def _adamw(
     )
 
 
-def _muon(named: list[tuple[str, nn.Parameter]], settings: MuonSettings) -> torch.optim.Muon:
-    return torch.optim.Muon(
-        list(_groups(named, settings.weight_decay)),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        adjust_lr_fn="match_rms_adamw",
-    )
+def _muon(named: list[tuple[str, nn.Parameter]], settings: MuonSettings, parts: Parts | None) -> torch.optim.Muon:
+    groups = list(_groups(named, settings.weight_decay))
+    options: dict[str, Any] = {
+        "lr": settings.learning_rate,
+        "momentum": settings.momentum,
+        "adjust_lr_fn": "match_rms_adamw",
+    }
+    if parts is None:
+        return torch.optim.Muon(groups, **options)
+    return MuonOverRanks(groups, parts.gather, parts.take, **options)

@@ -7,6 +7,7 @@ to group the same data ranks, always with their neighbours; `tensor` and `pipeli
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -23,6 +24,8 @@ Axis = Literal[
 ]
 """`data`: all ranks that have tokens of their own. `expert_shard` and `expert_replicate` are what `shard` and
 `replicate` come to for the experts: the ranks that hold the same ones, in groups that cut them and across groups."""
+AXES = ("shard", "expert", "context", "tensor", "pipeline")
+"""Those with a length in the settings."""
 
 
 class SequenceSettings(Section):
@@ -152,39 +155,42 @@ def grid_of(settings: ParallelSettings, size: int) -> Grid:
 
 
 def _fits(settings: ParallelSettings, size: int) -> bool:
-    """Shards of the same experts have to be whole ranks, and every axis has to divide what it groups."""
-    wanted = settings.tensor * settings.pipeline * settings.shard * (settings.replicate or 1)
-    is_asked = settings.replicate is None or wanted == size
+    """Whether every axis divides what it groups; shards of the same experts have to be whole ranks."""
+    is_asked = settings.replicate is None or _wanted(settings) == size
     return is_asked and not _is_uneven(settings) and size % _unit(settings) == 0
+
+
+def _wanted(settings: ParallelSettings) -> int:
+    """The number of ranks where `replicate` is given."""
+    return settings.tensor * settings.pipeline * settings.shard * (settings.replicate or 1)
+
+
+def _unit(settings: ParallelSettings, *contexts: int) -> int:
+    """What the number of ranks is a multiple of. contexts: of single stages."""
+    return settings.tensor * settings.pipeline * math.lcm(settings.shard, settings.expert, settings.context, *contexts)
 
 
 def _is_uneven(settings: ParallelSettings) -> bool:
     return max(settings.shard, settings.expert) % min(settings.shard, settings.expert) > 0
 
 
-def _unit(settings: ParallelSettings, *contexts: int) -> int:
-    """The ranks are so many, or a multiple of it."""
-    data = math.lcm(settings.shard, settings.expert, settings.context, *contexts)
-    return settings.tensor * settings.pipeline * data
-
-
 def _trouble(settings: ParallelSettings, size: int) -> str:
     if _is_uneven(settings):
         return f"parallel.shard={settings.shard} and parallel.expert={settings.expert}: one has to divide the other"
-    wanted = settings.tensor * settings.pipeline * settings.shard * (settings.replicate or 1)
-    if settings.replicate is not None and wanted != size:
+    if settings.replicate is not None and _wanted(settings) != size:
         return (
-            f"parallel.replicate={settings.replicate} with {_told(settings)} is for {wanted} ranks, and this run has"
-            f" {size}"
+            f"parallel.replicate={settings.replicate}{_beside(settings)} is for {_wanted(settings)} ranks, and this run"
+            f" has {size}"
         )
-    key = _first_that_does_not_divide(settings, size)
-    others = _told(settings, but=key)
-    among = f" beside {others}" if others else ""
-    return f"parallel.{key}={getattr(settings, key)} does not divide the {size} ranks of this run{among}"
+    key = _in_the_way(settings, size)
+    value = getattr(settings, key)
+    return f"parallel.{key}={value} does not divide the {size} ranks of this run{_beside(settings, key)}"
 
 
-def _first_that_does_not_divide(settings: ParallelSettings, size: int) -> str:
-    """Of the axes; the last where each of them divides, and not all of them together."""
+def _in_the_way(settings: ParallelSettings, size: int) -> str:
+    """The first axis that does not divide what those before have left; the last where only all together do not."""
+    if _is_uneven(settings):
+        return "shard" if settings.shard < settings.expert else "expert"
     left = size
     for key in ("tensor", "pipeline"):
         if left % getattr(settings, key):
@@ -194,31 +200,42 @@ def _first_that_does_not_divide(settings: ParallelSettings, size: int) -> str:
 
 
 def _ways_out(settings: ParallelSettings, size: int) -> list[str]:
-    """Other numbers of ranks, and values of one key, that are possible."""
-    ways, free = [], settings.model_copy(update={"replicate": None})
-    wanted = settings.tensor * settings.pipeline * settings.shard * (settings.replicate or 1)
-    below = wanted if settings.replicate else max(size // _unit(settings), 1) * _unit(settings)
-    if _fits(settings, below):
-        ways.append(f"start {below} of them (torchrun --nproc-per-node {below})")
-    if _fits(free, size):
-        return [*ways, "leave parallel.replicate out"]
-    first = min(("shard", "expert"), key=lambda k: getattr(settings, k)) if _is_uneven(settings) else None
-    first = first or _first_that_does_not_divide(settings, size)
-    for key in (first, *(axis for axis in AXES if axis != first)):
-        values = [v for v in divisors(size) if _fits(settings.model_copy(update={key: v}), size)]
-        if values:
-            near = min(values, key=lambda v: (abs(v - getattr(settings, key)), v))
-            return [*ways, f"set parallel.{key}={near}"]
+    """Another number of ranks, and another value of one key, as far as they are possible alone; else both at once."""
+    ways, unit = [], _unit(settings)
+    start = _wanted(settings) if settings.replicate else max(size // unit, 1) * unit
+    if _fits(settings, start):
+        ways.append(f"start {start} of them (torchrun --nproc-per-node {start})")
+    changes = list(_changes(settings, size))
+    possible = (change for change in changes if _fits(settings.model_copy(update=change), size))
+    ways += [_in_words(change) for change in islice(possible, 1)]
     if ways:
         return ways
-    if _is_uneven(settings):
-        return [f"set parallel.{key}=1 and leave parallel.replicate out" for key in ("shard", "expert")]
-    return [f"leave parallel.replicate out and start {_unit(free)} of them (torchrun --nproc-per-node {_unit(free)})"]
+    free = settings.model_copy(update={"replicate": None})
+    change = next(c for c in changes if not _is_uneven(free.model_copy(update=c)))
+    start = _unit(free.model_copy(update=change))
+    return [f"{_in_words(change)}, set nothing for parallel.replicate and start {start} of them"]
 
 
-def _told(settings: ParallelSettings, but: str = "") -> str:
-    told = [f"{axis} {getattr(settings, axis)}" for axis in AXES if axis != but and getattr(settings, axis) > 1]
-    return ", ".join(told)
+def _changes(settings: ParallelSettings, size: int) -> Iterator[dict[str, int | None]]:
+    """Of one key each, those of the key that is in the way before others, and of a key the nearest value first."""
+    if settings.replicate is not None:
+        yield {"replicate": None}
+    first = _in_the_way(settings, size)
+    for key in (first, *(axis for axis in AXES if axis != first)):
+        now = getattr(settings, key)
+        for value in sorted(divisors(size), key=lambda d: (abs(d - now), d)):
+            yield {key: value}
+
+
+def _in_words(change: dict[str, int | None]) -> str:
+    (key, value), *_ = change.items()
+    return f"leave parallel.{key} out" if value is None else f"set parallel.{key}={value}"
+
+
+def _beside(settings: ParallelSettings, key: str = "") -> str:
+    """The other axes, where there are some."""
+    told = [f"{axis} {getattr(settings, axis)}" for axis in AXES if axis != key and getattr(settings, axis) > 1]
+    return f" beside {', '.join(told)}" if told else ""
 
 
 def build_mesh(settings: ParallelSettings, contexts: Mapping[int, str], world: World, device: torch.device) -> Mesh:
@@ -232,9 +249,11 @@ def build_mesh(settings: ParallelSettings, contexts: Mapping[int, str], world: W
     for size, key in contexts.items():
         if grid.data % size:
             near = min(divisors(grid.data), key=lambda d: (abs(d - size), d))
+            unit = _unit(settings, *contexts)
+            start = f", or start {max(world.size // unit, 1) * unit} of them" if settings.replicate is None else ""
             raise Refusal(
                 f"{key}={size} does not divide the {grid.data} ranks of this run that have tokens of their own; set"
-                f" {key}={near}, or start {max(grid.data // size, 1) * size * grid.tensor * grid.pipeline} of them"
+                f" {key}={near}{start}"
             )
     if world.size == 1:
         return Mesh(grid, world, {})
@@ -250,7 +269,7 @@ def build_mesh(settings: ParallelSettings, contexts: Mapping[int, str], world: W
 
 def _groups(grid: Grid) -> Iterator[tuple[str, dist.ProcessGroup]]:
     """A group along each axis that needs one; those that a DeviceMesh makes for FSDP are beside them."""
-    axes: tuple[Axis, ...] = ("data", "expert", "expert_replicate", "tensor", "pipeline")
+    axes: tuple[Axis, ...] = ("data", "shard", "expert", "expert_shard", "expert_replicate", "tensor", "pipeline")
     for axis in axes:
         if grid.length(axis) > 1:
             yield axis, group_along(grid.size, *grid.line(axis))

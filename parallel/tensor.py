@@ -171,7 +171,7 @@ class _ShareOut(torch.autograd.Function):
 def _gathered(x_BtD: Tensor, group: dist.ProcessGroup) -> Tensor:
     (B, t, D), W = x_BtD.shape, group.size()
     parts_WBtD = x_BtD.new_empty(W, B, t, D)
-    all_gather(parts_WBtD, x_BtD.contiguous(), group=group)
+    all_gather(parts_WBtD.view(-1), x_BtD.contiguous().view(-1), group=group)
     whole_BTD = x_BtD.new_empty(B, W * t, D)
     whole_BTD.view(B, W, t, D).copy_(parts_WBtD.transpose(0, 1))
     return whole_BTD
@@ -181,7 +181,7 @@ def _shared_out(x_BTD: Tensor, group: dist.ProcessGroup) -> Tensor:
     (B, T, D), W = x_BTD.shape, group.size()
     parts_WBtD = x_BTD.reshape(B, W, T // W, D).transpose(0, 1).contiguous()
     own_BtD = x_BTD.new_empty(B, T // W, D)
-    reduce_scatter(own_BtD, parts_WBtD, group=group)
+    reduce_scatter(own_BtD.view(-1), parts_WBtD.view(-1), group=group)
     return own_BtD
 
 

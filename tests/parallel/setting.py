@@ -17,6 +17,7 @@ from optim.groups import Optimizer, build_optimizer
 from parallel.apply import parallelize
 from parallel.gradients import named_parameters
 from parallel.layout import local
+from parallel.matrices import parts_of
 from parallel.mesh import build_mesh
 from parallel.sequence import build_row_groups, split_attention
 from parallel.whole import fill, gather
@@ -71,7 +72,9 @@ class Setting:
         fill(self.model, CPU, mesh, self.run.layouts, lambda name, shape: self.first_value(name, shape, seed))
         split_attention(self.model, group)
         self.model.use_rotary(self.plan(0).stage.rotary)
-        self.optimizer: Optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer: Optimizer = build_optimizer(
+            self.model, config.optimizer, parts_of(self.model, mesh, self.run.layouts)
+        )
 
     def first_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
         value = first_values(name, shape, self.config.model, seed)
