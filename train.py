@@ -17,6 +17,7 @@ from optim.groups import Optimizer, build_optimizer
 from parallel.apply import parallelize
 from parallel.fsdp import sync_replicas
 from parallel.gradients import clip_gradients, named_parameters, norm_over_ranks, sum_gradients
+from parallel.matrices import parts_of
 from parallel.sequence import split_attention
 from run.branch import begin_branch, find_origin
 from run.checkpoint import Checkpoints
@@ -52,7 +53,7 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     first_weights(run, model, batches.tokenizer)
     split_attention(model, run.row_group)
     try_layers(model, stages.at(0), run)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, parts_of(model, run.mesh, run.layouts))
     run.open_folder(batches.fingerprint, count(config.model, batches.tokenizer.vocab_size), origin)
     checkpoints = Checkpoints(run.folder, config.checkpoint, model, optimizer.optimizers, config, run.say)
     state = begin_branch(checkpoints, origin, run) if origin else checkpoints.restore_latest() or {}
