@@ -62,11 +62,10 @@ class Exchange:
             layout = self._lay_out(chosen_NK)
             if memo is not None:
                 memo.kept["exchange"] = layout
-        there = Outward(layout, self.group)
-        leg = there if memo is None or memo.keep is None else Once(there, memo, memo.keep)
-        journey = Journey(leg, Homeward(layout, self.group))
+        there, home = Outward(layout, self.group), Homeward(layout, self.group)
+        journey = Journey(there if memo is None or memo.keep is None else Once(there, memo, memo.keep), home)
         ticket: Tensor = _Begin.apply(journey, x_ND.to(compute_dtype(x_ND)), gates_NK)
-        return ExchangeParcel(journey, ticket, layout, self.num_experts // self.group.size())
+        return ExchangeParcel(journey, Journey(home, there), ticket, layout, self.num_experts // self.group.size())
 
     @torch.no_grad()
     def _lay_out(self, chosen_NK: Tensor) -> Layout:
@@ -98,6 +97,7 @@ class ExchangeParcel:
     """Rows on their way; what is computed before `receive` is called overlaps it."""
 
     journey: "Journey"
+    way_back: "Journey"
     ticket: Tensor
     layout: Layout
     num_local_experts: int
@@ -115,8 +115,7 @@ class ExchangeParcel:
 
     def bring_back(self, out_MD: Tensor) -> Tensor:
         """See Parcel; the ranks' sums (N, D) are added in fp32 and in order of rank, whichever came first."""
-        journey = Journey(self.journey.backward, self.journey.forward)
-        (out_ND,) = _End.apply(journey, _Begin.apply(journey, out_MD))
+        (out_ND,) = _End.apply(self.way_back, _Begin.apply(self.way_back, out_MD))
         return out_ND
 
 
