@@ -3,16 +3,18 @@
 import argparse
 import math
 import sys
+from dataclasses import replace
 
 from data.batches import Batches
 from data.tokenizer import build_tokenizer
 from model.size import count
+from parallel.mesh import grid_of
 from run.config import RunConfig, load_config
 from run.demand import demand_of
 from run.device import Device, published, this_device, with_efficiency, with_rate
 from run.forecast import DocumentsOf, documents_in, forecasts, whole_rows
 from run.metrics import short
-from run.outlook import memory_rows, size_in_words, stage_rows, table
+from run.outlook import memory_rows, mesh_in_words, size_in_words, stage_rows, table, time_rows
 from run.plans import tell_plans, whole_documents
 from run.start import choose_device, choose_dtype, refusing
 from settings import Refusal
@@ -26,20 +28,20 @@ def main(arguments: argparse.Namespace) -> None:
     device = choose(config, arguments)
     told = list(forecasts(config, vocab_size, num_ranks, device, documents_of))
     print(size_in_words(count(config.model, vocab_size)))
-    for rows in (stage_rows(told), memory_rows(told, device)):
+    print(mesh_in_words(grid_of(config.parallel, num_ranks), device.links.ranks_per_node))
+    for rows in (stage_rows(told), memory_rows(told, device), time_rows(told)):
         print("", *table(list(rows)), sep="\n")
     print(f"\n{num_ranks} x {device.name}; {looked_at}. FLOP are the model's, forward and backward.")
-    print(
-        f"Time: {short(device.rate)} FLOP/s a rank, {device.efficiency:.0%} of {short(device.peak)} ({device.source});"
-        " without evaluation, data, and waiting of ranks for each other."
-    )
+    print(f"Time: {rate_in_words(device)}; without evaluation and data. docs/planning.md says what it rests on.")
     for line in tell_plans(config.model, config.parallel, config.stages, config.row_ranks, whole_documents):
         print(line)
 
 
 def fewest_ranks(config: RunConfig) -> int:
     """The fewest ranks that divide into the groups of the configuration."""
-    return math.lcm(config.parallel.expert, *config.all_row_ranks)
+    parallel = config.parallel
+    data = math.lcm(parallel.shard * (parallel.replicate or 1), parallel.expert, *config.all_row_ranks)
+    return parallel.tensor * parallel.pipeline * data
 
 
 def choose_ranks(config: RunConfig, wanted: int | None) -> int:
@@ -48,7 +50,9 @@ def choose_ranks(config: RunConfig, wanted: int | None) -> int:
     if wanted is None:
         return fewest
     if wanted < 1 or wanted % fewest:
-        groups = {"parallel.expert": config.parallel.expert} | {k: size for size, k in config.all_row_ranks.items()}
+        axes = ("shard", "expert", "tensor", "pipeline")
+        groups = {f"parallel.{axis}": getattr(config.parallel, axis) for axis in axes}
+        groups |= {key: size for size, key in config.all_row_ranks.items()}
         told = ", ".join(f"{key}={size}" for key, size in groups.items() if size > 1) or "no groups"
         raise Refusal(f"--ranks {wanted}: this configuration has {told}; give {fewest} or a multiple of it")
     return wanted
@@ -69,8 +73,25 @@ def look_at_data(config: RunConfig, *, is_wanted: bool) -> tuple[int, DocumentsO
     return batches.tokenizer.vocab_size, documents_of, "attention over documents as in each stage's first rows"
 
 
+def rate_in_words(device: Device) -> str:
+    """What time was added up from."""
+    if device.shares is not None:
+        return f"part by part, of {short(device.peak)} FLOP/s a rank ({device.source}) and links as published"
+    return f"{short(device.rate)} FLOP/s a rank, {device.efficiency:.0%} of {short(device.peak)} ({device.source})"
+
+
 def choose(config: RunConfig, arguments: argparse.Namespace) -> Device:
-    """The device that is planned for: one that is named, or the one that is here, measured where no rate is given."""
+    """The device that is planned for, in nodes of so many: see `choose_kind`."""
+    device, ranks = choose_kind(config, arguments), arguments.ranks_per_node
+    if ranks is None:
+        return device
+    if ranks < 1:
+        raise Refusal(f"--ranks-per-node {ranks}: give how many ranks share a node, 1 or more")
+    return replace(device, links=replace(device.links, ranks_per_node=ranks))
+
+
+def choose_kind(config: RunConfig, arguments: argparse.Namespace) -> Device:
+    """A device that is named, or the one that is here, measured where no rate is given."""
     if arguments.device is not None:
         device = published(arguments.device)
         device = device if arguments.rate is None else with_rate(device, arguments.rate)
@@ -85,9 +106,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("config", help="a TOML file, for example configs/quickstart.toml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values in place of the file's")
     parser.add_argument("--ranks", type=int, help="how many ranks; left out, the fewest that the file's groups need")
+    parser.add_argument("--ranks-per-node", type=int, help="how many of them share a machine; left out, 8")
     parser.add_argument("--device", help="one that is not here: a100, h100 or h200")
     parser.add_argument("--rate", type=float, help="FLOP/s that a rank reaches over whole steps, such as 120e12")
-    parser.add_argument("--efficiency", type=float, help="share of the device's best product that steps reach")
+    parser.add_argument("--efficiency", type=float, help="share of the device's peak that whole steps reach")
     parser.add_argument("--no-data", action="store_true", help="do not read data: every row counts as one document")
     return parser.parse_intermixed_args()
 

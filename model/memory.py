@@ -5,15 +5,28 @@ no slot of an expert is dropped. What a moment needs beside it is an estimate, a
 counted: what an allocator wastes, masks that a backend draws for windows, the rows of text (45 bytes a token).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 from attention.attention import AttentionSettings, channels_per_head
+from model.block import Kind
 from model.feed_forward import BLOCK_ROWS
-from model.kept import FP32, LayerBytes, Numbers, kept_by_layer, kept_by_recomputed
+from model.kept import FP32, LayerBytes, Numbers, Ranks, kept
 from model.transformer import ModelSettings, build_model
+from model.work import Cuts, head, products
 from optim.groups import is_hidden_matrix
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes that a rank has between steps, besides gradients, which are as large as its weights."""
+
+    weights: int
+    moments: int
+    """The optimizer's."""
+    flat: int = 0
+    """The most gradients that are added up over ranks in one piece."""
 
 
 @dataclass(frozen=True)
@@ -23,16 +36,35 @@ class Share:
     num_tokens: int
     """Of one micro-batch, on this rank: of rows that several ranks hold, its part."""
     numbers: Numbers
-    recompute: bool = False
+    recompute: Kind | Sequence[Kind] = "none"
+    """What is computed again, of all layers alike or of each."""
     loss_chunk: int = 4096
     num_ranks: int = 1
     """All ranks of the run."""
     expert_ranks: int = 1
     """How many hold the experts together."""
+    expert_shard_ranks: int = 1
+    """How many cut each of those experts among them."""
+    shard_ranks: int = 1
+    """How many cut all other weights."""
+    tensor_ranks: int = 1
+    """How many cut heads and inner channels, and share out the tokens between layers."""
     row_ranks: int = 1
     """How many hold each row together."""
     methods: tuple[str, ...] = ()
     """How attention reaches over those, by name: see `context.methods`."""
+    layers: tuple[int, ...] | None = None
+    """Those of this rank; None: all."""
+    has_embedding: bool = True
+    has_head: bool = True
+    in_flight: float = 1.0
+    """Micro-batches whose activations are there at a time, as if each went through all of this rank's layers."""
+    states: States | None = None
+    """None: those of the whole model, where ranks share experts at most."""
+
+    def kind(self, layer: int) -> Kind:
+        """What is computed again of one layer."""
+        return self.recompute if isinstance(self.recompute, str) else self.recompute[layer]
 
 
 @dataclass(frozen=True)
@@ -54,6 +86,8 @@ class Memory:
     """Weights in low precision."""
     temporary: int
     """The most that is needed at one moment beside all that: the logits of a chunk, a layer on its way back."""
+    gathered: int
+    """Whole weights that ranks have cut, of the layers at work and of the ends, and gradients on their way there."""
     exchange: int
     """Keys and values of other ranks and their gradients, in one layer. Rough: as if every key were read."""
 
@@ -70,25 +104,48 @@ class Memory:
     @property
     def total(self) -> int:
         """The most at any moment. From the second micro-batch on, as in the first gradients are made one by one."""
-        return self.states + self.activations + self.temporary + self.exchange
+        return self.states + self.activations + self.temporary + self.gathered + self.exchange
 
 
 def memory(settings: ModelSettings, vocab_size: int, optimizer: str, share: Share) -> Memory:
     """What a rank needs to train `Transformer(settings, vocab_size)` with optimizer kind `adamw` or `muon`."""
-    weights, moments = states(settings, vocab_size, optimizer, share.expert_ranks)
-    layers = [_kept(settings, layer, share, recomputed=share.recompute) for layer in range(settings.num_layers)]
-    sums = {name: sum(getattr(kept, name) for kept in layers) for name in vars(layers[0])}
+    held = share.states
+    if held is None:
+        weights, moments = states(settings, vocab_size, optimizer, share.expert_ranks)
+        held = States(weights, moments, weights if share.num_ranks > 1 else 0)
+    own = cut_settings(settings, share.tensor_ranks)
+    here = share.layers or tuple(range(settings.num_layers))
+    layers = {layer: _kept(own, layer, share, share.kind(layer)) for layer in here}
+    sums = {name: sum(getattr(kept, name) for kept in layers.values()) for name in vars(layers[here[0]])}
     sums["residual"] += _ends(settings, share)
-    flat = weights if share.num_ranks > 1 else 0  # gradients are exchanged in one piece, when activations are gone
-    moment = max(_loss(settings, vocab_size, share), _backward(settings, layers, share))
+    # Copies of weights are made anew for each micro-batch, and those in flight have copies of their own.
+    sums = {name: int(value * share.in_flight) for name, value in sums.items()}
+    moment = max(_loss(settings, vocab_size, share), _backward(own, layers, share))
     return Memory(
-        weights=weights,
-        gradients=weights,
-        moments=moments,
+        weights=held.weights,
+        gradients=held.weights,
+        moments=held.moments,
         **sums,
-        temporary=max(moment, flat - sum(sums.values())),
-        exchange=_exchange(settings, share),
+        # Gradients are exchanged in one piece, when activations are gone.
+        temporary=max(moment, held.flat - sum(sums.values())),
+        gathered=_gathered(settings, vocab_size, share),
+        exchange=_exchange(own, share),
     )
+
+
+def cut_settings(settings: ModelSettings, tensor_ranks: int) -> ModelSettings:
+    """The model as each of so many tensor-parallel ranks has it: fewer heads, narrower insides, as wide between."""
+    if tensor_ranks == 1:
+        return settings
+    attention, moe, F = settings.attention, settings.moe, settings.feed_forward_width
+    changed: dict[str, object] = {"num_heads": attention.num_heads // tensor_ranks}
+    if isinstance(attention, AttentionSettings):
+        changed["num_kv_heads"] = attention.num_kv_heads // tensor_ranks
+        changed["channels"] = channels_per_head(attention, settings.width)
+    narrow = moe and moe.model_copy(update={"expert_width": moe.expert_width // tensor_ranks})
+    inside = None if F is None else F // tensor_ranks
+    update = {"attention": attention.model_copy(update=changed), "moe": narrow, "feed_forward_width": inside}
+    return settings.model_copy(update=update)
 
 
 def states(settings: ModelSettings, vocab_size: int, optimizer: str, expert_ranks: int = 1) -> tuple[int, int]:
@@ -102,30 +159,49 @@ def states(settings: ModelSettings, vocab_size: int, optimizer: str, expert_rank
     return weights, moments
 
 
-def _kept(settings: ModelSettings, layer: int, share: Share, *, recomputed: bool) -> LayerBytes:
+def _kept(settings: ModelSettings, layer: int, share: Share, kind: Kind) -> LayerBytes:
     """In bytes, all tokens of this rank together."""
-    count = kept_by_recomputed if recomputed else kept_by_layer
-    kept = count(settings, layer, share.numbers, is_split=share.row_ranks > 1)
-    whole = {name: value if name == "copies" else value * share.num_tokens for name, value in vars(kept).items()}
-    moe = settings.moe
-    if moe is not None and settings.feed_forward_kind(layer) == "moe" and share.expert_ranks > 1 and not recomputed:
-        # Of weights only a share is here; of tokens at even load as many slots come as leave, each with its token.
-        experts = 3 * settings.width * moe.expert_width * moe.num_experts * share.numbers.itemsize
-        whole["copies"] -= (experts - experts // share.expert_ranks) if share.numbers.is_cast else 0
-        arrivals = min(moe.experts_per_token, share.expert_ranks)
-        whole["experts"] += share.num_tokens * share.numbers.itemsize * settings.width * arrivals
+    ranks = Ranks(share.expert_ranks, share.row_ranks)
+    own = kept(settings, layer, kind, share.numbers, ranks)
+    whole = {name: value if name == "copies" else value * share.num_tokens for name, value in vars(own).items()}
+    whole["residual"] //= share.tensor_ranks  # which share out the tokens there
+    if share.shard_ranks > 1 and whole["copies"]:  # what is gathered is in low precision already
+        cuts = Cuts(1, share.expert_ranks)
+        left = [p for p in products(settings, layer, 1, cuts) if p.kind == "experts" and share.expert_shard_ranks == 1]
+        whole["copies"] = int(sum(product.weights for product in left)) * share.numbers.itemsize
     return LayerBytes(**whole)
 
 
 def _ends(settings: ModelSettings, share: Share) -> int:
     """What goes into the final norm and comes out of it, and one table of cosines and sines in fp32."""
-    return share.num_tokens * FP32 * (2 * settings.width + 1 + settings.rotary_channels)
+    tokens, table = share.num_tokens, settings.rotary_channels
+    if not share.has_head:
+        return tokens * FP32 * table
+    between = tokens * FP32 * (2 * settings.width + 1) // share.tensor_ranks
+    whole = tokens * FP32 * settings.width if share.tensor_ranks > 1 else 0  # gathered for the head
+    return between + whole + tokens * FP32 * table
+
+
+def _gathered(settings: ModelSettings, vocab_size: int, share: Share) -> int:
+    """Two layers' weights, one at work and the next on its way; the gradients of as many, and in fp32 to be summed;
+    and embedding and head in fp32, as long as a micro-batch takes, with their gradients."""
+    if share.shard_ranks == 1:
+        return 0
+    here = share.layers or tuple(range(settings.num_layers))
+    cuts, c = Cuts(share.tensor_ranks, share.expert_ranks), share.numbers.itemsize
+    made = [p for p in products(settings, here[-1], 1, cuts) if p.kind != "experts" or share.expert_shard_ranks > 1]
+    weights = sum(product.weights for product in made)
+    end = head(settings, vocab_size, 1, cuts).weights
+    ends = end * (share.has_head + (share.has_embedding and not settings.tied_embeddings))
+    return int(min(2, len(here)) * weights * c + weights * (c + FP32) + 2 * FP32 * ends)
 
 
 def _loss(settings: ModelSettings, vocab_size: int, share: Share) -> int:
     """While the logits of the last chunk exist, with the gradients of hidden states and head made beside them."""
+    if not share.has_head:
+        return 0
     D, c, N = settings.width, share.numbers.itemsize, share.num_tokens
-    chunk = min(share.loss_chunk, N)
+    chunk, vocab_size = min(share.loss_chunk, N), -(-vocab_size // share.tensor_ranks)
     made = FP32 * D * (N + vocab_size)
     casts = c * D * (chunk + 2 * vocab_size) if share.numbers.is_cast else 0
     # Logits and their log softmax; CPUs turn low precision into fp32 before they take it.
@@ -133,23 +209,22 @@ def _loss(settings: ModelSettings, vocab_size: int, share: Share) -> int:
     return made + casts + chunk * vocab_size * logits
 
 
-def _backward(settings: ModelSettings, layers: list[LayerBytes], share: Share) -> int:
+def _backward(settings: ModelSettings, layers: dict[int, LayerBytes], share: Share) -> int:
     """The most that a layer needs on the way back, less what the layers above it have already given up."""
-    kept = [_sum(layer) for layer in layers]
+    kept = [_sum(layer) for layer in layers.values()]
     above = [sum(kept) - below for below in accumulate(kept)]
-    return max(_on_the_way_back(settings, layer, share) - above[layer] for layer in range(settings.num_layers))
+    return max(_on_the_way_back(settings, layer, share) - freed for layer, freed in zip(layers, above, strict=True))
 
 
 def _on_the_way_back(settings: ModelSettings, layer: int, share: Share) -> int:
     """Of a layer: what is made once more, the gradient of the residual stream, and the half that needs more."""
-    again = 0
-    if share.recompute:
-        once = _kept(settings, layer, share, recomputed=True)
-        again = _sum(_kept(settings, layer, share, recomputed=False)) - _sum(once)
+    again, kind = 0, share.kind(layer)
+    if kind != "none":
+        again = _sum(_kept(settings, layer, share, "none")) - _sum(_kept(settings, layer, share, kind))
     half = _dense_backward if settings.feed_forward_kind(layer) == "dense" else _moe_backward
     return (
         again
-        + FP32 * share.num_tokens * settings.width
+        + FP32 * share.num_tokens * settings.width // share.tensor_ranks
         + max(half(settings, share), _attention_backward(settings, share))
     )
 

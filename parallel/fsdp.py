@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard
 from model.block import Block
 from moe.layer import MoE
 from parallel.layout import Layout
-from parallel.mesh import Axis, Mesh
+from parallel.mesh import Axis, Grid, Mesh
 
 
 def shard(model: nn.Module, mesh: Mesh, dtype: torch.dtype, layouts: dict[str, Layout]) -> None:
@@ -27,17 +27,9 @@ def shard(model: nn.Module, mesh: Mesh, dtype: torch.dtype, layouts: dict[str, L
     """
     if mesh.dense is None:
         return
-    prefixes = {module: prefix for prefix, module in model.named_modules()}
-    expert_names = {f"{prefixes[moe.experts]}.{name}" for moe in _moes(model) for name in ("gate_up", "down")}
-    own = [parameter for name, parameter in model.named_parameters() if name in expert_names]
-    for name, parameter in model.named_parameters():
-        is_expert = name in expert_names
-        if is_expert and mesh.experts is None:
-            continue  # each rank of the shards has experts of its own
-        axis: Axis = "expert_shard" if is_expert and mesh.experts is not mesh.dense else "shard"
-        dim = _dim(parameter, mesh.grid.length(axis)) if is_expert else 0
-        layout = layouts[name].cut(axis, dim)
-        layouts[name] = Layout(layout.shape, layout.dtype, layout.cuts, layout.stage, _left(layout))
+    cut_shards(model, mesh.grid, layouts)
+    names = expert_names(model)
+    own = [parameter for name, parameter in model.named_parameters() if name in names]
     apart: dict[str, Any] = {"ignored_params": set(own)} if mesh.experts is None else {}
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in (module for module in model.modules() if isinstance(module, Block)):
@@ -59,6 +51,25 @@ def shard(model: nn.Module, mesh: Mesh, dtype: torch.dtype, layouts: dict[str, L
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def cut_shards(model: nn.Module, grid: Grid, layouts: dict[str, Layout]) -> None:
+    """Say of every parameter which part a rank keeps between steps, and that its gradient is summed there."""
+    names = expert_names(model)
+    for name, parameter in model.named_parameters():
+        is_expert = name in names
+        if is_expert and grid.length("expert_shard") == 1:
+            continue  # each rank of the shards has experts of its own
+        axis: Axis = "expert_shard" if is_expert and grid.expert > 1 else "shard"
+        dim = _dim(parameter, grid.length(axis)) if is_expert else 0
+        layout = layouts[name].cut(axis, dim)
+        layouts[name] = Layout(layout.shape, layout.dtype, layout.cuts, layout.stage, _left(layout))
+
+
+def expert_names(model: nn.Module) -> set[str]:
+    """The names of routed experts' weights."""
+    prefixes = {module: prefix for prefix, module in model.named_modules()}
+    return {f"{prefixes[moe.experts]}.{name}" for moe in _moes(model) for name in ("gate_up", "down")}
 
 
 def sync_replicas(model: nn.Module, is_last: bool) -> None:

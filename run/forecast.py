@@ -1,20 +1,28 @@
 """What each stage of a run will compute and need, told before anything runs: arithmetic on the configuration."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 
 from context.stages import Stage
+from context.step_plan import StepPlan
 from data.batches import Batches
 from model.memory import Memory
 from model.size import attention_flops_per_token, multiplied_weights
+from parallel.mesh import Grid, grid_of
 from run.config import RunConfig, rows_of_step
 from run.demand import demand_of
 from run.device import Device
-from run.needs import needs_of
+from run.jobs import framework_of, job_of
+from run.needs import kind_of, needs_of
+from run.speeds import REPEATS
+from run.step_time import StepTime, step_time
 
 SAMPLED_STEPS = 512
 """Steps of a stage that are looked at where its length or window changes from step to step."""
+TIMED_STEPS = 32
+"""Of these, whose time is added up."""
 
 DocumentsOf = Callable[[Stage], Sequence[int]]
 """Lengths of what attention stays inside of, in rows of a stage's greatest length."""
@@ -35,8 +43,11 @@ class Forecast:
     repeated_flops: float
     """What is computed again because it was not kept; no part of the model's operations."""
     needed: Memory
-    """On each rank."""
+    """On the rank that needs most."""
+    step: StepTime
+    """The longest step, part by part."""
     seconds: float
+    """All its steps."""
 
     @property
     def flops(self) -> float:
@@ -48,35 +59,56 @@ def forecasts(
     config: RunConfig, vocab_size: int, num_ranks: int, device: Device, documents_of: DocumentsOf
 ) -> Iterator[Forecast]:
     """Stage by stage; raises Refusal where a step does not divide among the ranks."""
-    model = config.model
+    model, grid = config.model, grid_of(config.parallel, num_ranks)
     weights = multiplied_weights(model, vocab_size)
-    # Run again is the forward pass of layers, 2 of 6 operations; not the head, nor attention, whose answer is kept.
-    repeated = 2 * (weights - vocab_size * model.width) if config.recompute else 0
+    repeats = REPEATS[kind_of(config)]
     for stage in config.stages:
         step, row_ranks = stage.longest_step(), config.row_ranks(stage)
-        attention = attention_of_stage(config, stage, tuple(documents_of(stage)))
+        documents = tuple(documents_of(stage))
+        attention = attention_of_stage(config, stage, documents)
+        # Run again are the forward passes of layers, 2 of 6 operations, and not the head.
+        repeated = repeats.products * 2 * (weights - vocab_size * model.width) + repeats.attention * attention / 3
+        time = partial(_time, config, vocab_size, grid, device, documents)
         yield Forecast(
             stage=stage,
-            num_rows=rows_of_step(config, step, num_ranks // row_ranks),
+            num_rows=rows_of_step(config, step, grid.data // row_ranks),
             row_ranks=row_ranks,
             weight_flops=stage.num_tokens * 6 * weights,
             attention_flops=stage.num_tokens * attention,
             repeated_flops=stage.num_tokens * repeated,
             needed=needs_of(config, vocab_size, step, num_ranks, device.numbers),
-            seconds=stage.num_tokens * (6 * weights + attention + repeated) / (device.rate * num_ranks),
+            step=time(step),
+            seconds=stage.num_steps * mean_over_steps(stage, partial(_seconds, time), TIMED_STEPS),
         )
+
+
+def _time(  # noqa: PLR0917 (a step, and all that it depends on)
+    config: RunConfig, vocab_size: int, grid: Grid, device: Device, documents: tuple[int, ...], step: StepPlan
+) -> StepTime:
+    lengths = tuple(pieces(documents, step.sequence_length))
+    return step_time(job_of(config, vocab_size, step, grid, lengths), device, framework_of(config, device))
+
+
+def _seconds(time: Callable[[StepPlan], StepTime], step: StepPlan) -> float:
+    return time(step).seconds
 
 
 def attention_of_stage(config: RunConfig, stage: Stage, documents: tuple[int, ...]) -> float:
     """Operations for a token on average over the stage's steps, as length and window change."""
 
-    @lru_cache
-    def of(length: int, window: int | None) -> float:
-        return attention_flops_per_token(config.model, pieces(documents, length), window)
+    def of(step: StepPlan) -> float:
+        return attention_flops_per_token(config.model, pieces(documents, step.sequence_length), step.window)
 
-    number = min(stage.num_steps, SAMPLED_STEPS)
+    return mean_over_steps(stage, of, SAMPLED_STEPS)
+
+
+def mean_over_steps(stage: Stage, of: Callable[[StepPlan], float], most: int) -> float:
+    """The mean of what steps of a stage come to; of so many at most, and worked out once for those that are alike."""
+    number = min(stage.num_steps, most)
     steps = [stage.step(place * stage.num_steps // number) for place in range(number)]
-    return sum(of(step.sequence_length, step.window) for step in steps) / number
+    shapes = Counter((step.sequence_length, step.window) for step in steps)
+    one = {(step.sequence_length, step.window): step for step in steps}
+    return sum(times * of(one[shape]) for shape, times in shapes.items()) / number
 
 
 def pieces(documents: Sequence[int], length: int) -> list[int]:

@@ -1,31 +1,100 @@
 """How much memory a rank needs for a step, from the configuration alone."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 from context.step_plan import StepPlan
+from model.block import Kind
 from model.kept import Numbers
 from model.memory import Memory, Share, memory
+from parallel.mesh import Grid, grid_of
+from parallel.pipeline_part import layers_of
+from parallel.states import states_by_stage
 from run.config import RunConfig, rows_of_step
 
 
 def needs_of(config: RunConfig, vocab_size: int, step: StepPlan, num_ranks: int, numbers: Numbers) -> Memory:
-    """Bytes of one of `num_ranks` ranks in a micro-batch of this step; raises Refusal where it does not divide."""
-    return memory(config.model, vocab_size, config.optimizer.kind, share_of(config, step, num_ranks, numbers))
+    """Bytes of the one of `num_ranks` ranks that needs most in a micro-batch of this step.
+
+    Raises Refusal where the ranks, or the step, do not divide.
+    """
+    kind = config.optimizer.kind
+    shares = shares_of(config, vocab_size, step, num_ranks, numbers)
+    needed = (memory(config.model, vocab_size, kind, share) for share in shares)
+    return max(needed, key=lambda each: each.total)
 
 
-def share_of(config: RunConfig, step: StepPlan, num_ranks: int, numbers: Numbers) -> Share:
-    """What one of `num_ranks` ranks is given to do at a time."""
+def shares_of(config: RunConfig, vocab_size: int, step: StepPlan, num_ranks: int, numbers: Numbers) -> Iterator[Share]:
+    """What a rank is given to do at a time, for each place along the pipeline."""
+    grid = grid_of(config.parallel, num_ranks)
+    share, stages = share_of(config, step, grid, numbers), grid.pipeline
+    if num_ranks == 1:
+        yield share
+        return
+    parts = parts_per_rank(config)
+    held = states_by_stage(config.model, vocab_size, config.optimizer.kind, grid, parts)
+    number = microbatches_of(config, step, grid)
+    for place in range(stages):
+        own = range(place, stages * parts, stages)
+        layers = tuple(layer for part in own for layer in layers_of(part, stages * parts, config.model.num_layers))
+        yield replace(
+            share,
+            layers=layers,
+            has_embedding=place == 0,
+            has_head=place == stages - 1,
+            in_flight=in_flight(place, stages, parts, number),
+            states=held[place],
+        )
+
+
+def share_of(config: RunConfig, step: StepPlan, grid: Grid, numbers: Numbers) -> Share:
+    """What every one of the ranks is given to do at a time, wherever it stands along the pipeline."""
     row_ranks, sequence = config.row_ranks(step.stage), config.parallel.sequence
-    num_rows = rows_of_step(config, step, num_ranks // row_ranks)
+    num_rows = rows_of_step(config, step, grid.data // row_ranks)
     kinds = {kind.removesuffix("_nope") for kind in config.model.pattern}
     return Share(
         num_tokens=num_rows * step.sequence_length // row_ranks,
         numbers=numbers,
-        recompute=config.recompute,
+        recompute=kind_of(config),
         loss_chunk=config.loss_chunk,
-        num_ranks=num_ranks,
-        expert_ranks=config.parallel.expert,
+        num_ranks=grid.size,
+        expert_ranks=grid.expert,
+        expert_shard_ranks=grid.length("expert_shard"),
+        shard_ranks=grid.shard,
+        tensor_ranks=grid.tensor,
         row_ranks=row_ranks,
         methods=tuple(getattr(sequence, kind) for kind in sorted(kinds)),
     )
+
+
+def kind_of(config: RunConfig) -> Kind:
+    """What is computed again; of a budget, which is divided among layers where a stage is entered, the most."""
+    return config.recompute if isinstance(config.recompute, str) else "full"
+
+
+def parts_per_rank(config: RunConfig) -> int:
+    """Of the model on each rank of a pipeline."""
+    pipelining = config.parallel.pipelining
+    return 1 if config.parallel.pipeline == 1 or pipelining.schedule == "1f1b" else pipelining.parts_per_rank
+
+
+def microbatches_of(config: RunConfig, step: StepPlan, grid: Grid) -> int:
+    """How many micro-batches each rank takes in a step."""
+    groups = grid.data // config.row_ranks(step.stage)
+    return step.num_samples // (rows_of_step(config, step, groups) * groups)
+
+
+def in_flight(place: int, stages: int, parts: int, number: int) -> float:
+    """How many of `number` micro-batches a rank holds activations of at most, as if each filled all of its layers.
+
+    One forward, one backward: as many as there are ranks from here on. With several parts on a rank, each counts as one
+    of them, and they go in rounds (Narayanan et al. 2021, section 2.2).
+    """
+    if stages == 1:
+        return 1.0
+    if parts == 1:
+        return float(min(number, stages - place))
+    return min(number * parts, 2 * (stages - place - 1) + (parts - 1) * stages + 1) / parts
 
 
 def gigabytes(count: float) -> str:

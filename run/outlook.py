@@ -4,10 +4,12 @@ from collections.abc import Iterator, Sequence
 
 from model.memory import parts
 from model.size import Size
+from parallel.mesh import Axis, Grid
 from run.device import Device
 from run.forecast import Forecast
 from run.metrics import clock, short
 from run.needs import gigabytes
+from run.step_time import Part
 
 Row = dict[str, str]
 
@@ -59,6 +61,50 @@ def memory_rows(told: Sequence[Forecast], device: Device) -> Iterator[Row]:
     if device.memory is not None:
         shares = (f"{total / device.memory:.1%}" + ("!" if total > device.memory else "") for total in totals)
         yield {title: f"of {gigabytes(device.memory)}", **dict(zip(names, shares, strict=True))}
+
+
+def mesh_in_words(grid: Grid, ranks_per_node: int) -> str:
+    """`64 ranks = pipeline 2 x replicate 2 x shard 8 x tensor 2, on 8 nodes; expert 8 among neighbours`."""
+    axes: tuple[Axis, ...] = ("pipeline", "replicate", "shard", "tensor")
+    lengths = {axis: grid.length(axis) for axis in axes if grid.length(axis) > 1}
+    told = " x ".join(f"{axis} {length}" for axis, length in lengths.items())
+    nodes = -(-grid.size // ranks_per_node)
+    text = f"{grid.size} rank{'s' * (grid.size > 1)}" + (f" = {told}" if told else "")
+    text += f", on {nodes} nodes of {ranks_per_node}" if nodes > 1 else ""
+    if grid.expert > 1:
+        shards = grid.length("expert_shard")
+        text += f"; {grid.expert} neighbours share experts" + (f", {shards} cut each" if shards > 1 else "")
+    return text
+
+
+def time_rows(told: Sequence[Forecast]) -> Iterator[Row]:
+    """Each part of a rank's longest step in every stage, what of it runs behind something else, and what it sends."""
+    title, steps = "a step of a rank", [forecast.step for forecast in told]
+    names = [f"stage {forecast.stage.index}" for forecast in told]
+    parts = [{part.name: part for part in step.parts} for step in steps]
+    for name in dict.fromkeys(name for stage in parts for name in stage):
+        cells = [_part_in_words(stage[name]) if name in stage else "" for stage in parts]
+        yield {title: name, **dict(zip(names, cells, strict=True))}
+    yield {title: "all", **{name: seconds(step.seconds) for name, step in zip(names, steps, strict=True)}}
+    yield {
+        title: "tokens a second, of a rank",
+        **{name: short(step.tokens_per_second) for name, step in zip(names, steps, strict=True)},
+    }
+    yield {title: "MFU", **{name: f"{step.utilization:.1%}" for name, step in zip(names, steps, strict=True)}}
+
+
+def _part_in_words(part: Part) -> str:
+    text = seconds(part.exposed)
+    text += f" + {seconds(part.hidden)} hidden" if part.hidden > 0 else ""
+    return text + (f", sends {gigabytes(part.sent)}" if part.is_sent else "")
+
+
+def seconds(time: float) -> str:
+    """`1.23 s`, `45.6 ms`, `7.89 us`."""
+    for size, unit in ((1.0, "s"), (1e-3, "ms")):
+        if time >= size:
+            return f"{time / size:.3g} {unit}"
+    return f"{time / 1e-6:.3g} us"
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:

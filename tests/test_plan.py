@@ -42,7 +42,7 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def printed(capsys: pytest.CaptureFixture[str], *overrides: str, **options: object) -> str:
-    defaults = {"ranks": None, "device": None, "rate": 1e9, "efficiency": None, "no_data": False}
+    defaults = {"ranks": None, "device": None, "rate": 1e9, "efficiency": None, "no_data": False, "ranks_per_node": None}
     plan.main(argparse.Namespace(config=str(TINY), overrides=[TEXTS, *overrides], **(defaults | options)))
     return capsys.readouterr().out
 
@@ -87,7 +87,7 @@ def test_the_fewest_ranks_divide_into_all_groups() -> None:
 
 def test_another_device_and_what_does_not_fit_on_it(capsys: pytest.CaptureFixture[str]) -> None:
     said = printed(capsys, device="h100", rate=None)
-    assert "1 x h100" in said and "396T FLOP/s a rank, 40% of 989T (as published)" in said and "of 79 GiB" in said
+    assert "1 x h100" in said and "part by part, of 989T FLOP/s a rank (as published)" in said and "of 79 GiB" in said
     assert "!" not in said
     assert "%!" in printed(capsys, "model.feed_forward_width=268435456", device="h100", rate=None)
     assert "50% of 989T" in printed(capsys, device="h200", rate=None, efficiency=0.5)

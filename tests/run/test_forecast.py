@@ -10,6 +10,7 @@ import torch
 
 from data.batches import Batches
 from model.size import attention_layer, count, flops_per_token, mean_keys
+from parallel.mesh import grid_of
 from run import forecast
 from run.config import RunConfig, load_config
 from run.device import Device
@@ -58,7 +59,10 @@ def test_what_is_computed_again_costs_time_and_is_no_work_of_the_model() -> None
 def test_ranks_share_the_time_and_each_has_its_part_of_the_memory() -> None:
     one, two = told("tokens_per_microbatch=128"), told("tokens_per_microbatch=128", num_ranks=2)
     for alone, both in zip(one, two, strict=True):
-        assert both.seconds == pytest.approx(alone.seconds / 2) and both.num_rows == alone.num_rows
+        (sent,) = (part for part in both.step.parts if part.is_sent)
+        added_up = both.stage.num_steps * sent.exposed
+        assert sent.name == "replicate" and both.num_rows == alone.num_rows
+        assert both.seconds == pytest.approx(alone.seconds / 2 + added_up)
     first, second = told("tokens_per_microbatch=128", "context.stages.1.context=2", num_ranks=2)
     assert (first.row_ranks, second.row_ranks) == (1, 2)
     assert second.needed.residual < 0.6 * first.needed.residual and second.needed.exchange > 0
@@ -134,10 +138,10 @@ def test_a_rank_is_given_its_part_of_a_micro_batch() -> None:
     cut = ("context.stages.1.context=2", "parallel.expert=2", "tokens_per_microbatch=128")
     config = tiny(*cut, "recompute=true", "loss_chunk=100")
     steps, device = [stage.longest_step() for stage in config.stages], Device("cpu", "any", torch.bfloat16, 1.0)
-    first, second = (share_of(config, step, 4, device.numbers) for step in steps)
+    first, second = (share_of(config, step, grid_of(config.parallel, 4), device.numbers) for step in steps)
     assert (first.num_tokens, second.num_tokens) == (128, 64) and (first.row_ranks, second.row_ranks) == (1, 2)
     for share in (first, second):
-        assert share.numbers.itemsize == 2 and share.numbers.device == "cpu" and share.recompute
+        assert share.numbers.itemsize == 2 and share.numbers.device == "cpu" and share.recompute == "ops"
         assert (share.loss_chunk, share.num_ranks, share.expert_ranks) == (100, 4, 2)
         assert share.methods == ("groupcast",)
     needed = [needs_of(config, VOCAB_SIZE, step, 4, device.numbers) for step in steps]
