@@ -2,10 +2,12 @@
 
 import difflib
 import json
+import stat
 import tomllib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar
 
 import tomli_w
@@ -27,6 +29,10 @@ class Section(BaseModel):
 
 AnySection = TypeVar("AnySection", bound=Section)
 Table = dict[str, Any]
+DEEPEST = 50
+"""Tables and arrays inside one another that are looked at; keys that mean something lie less than ten deep."""
+MOST_PARENTS = 20
+"""Files that extend one another."""
 
 
 def load(path: Path | str, overrides: Sequence[str], root: type[AnySection]) -> AnySection:
@@ -53,7 +59,7 @@ def validate(table: Mapping[str, Any], root: type[AnySection], where: str) -> An
     except Refusal as refusal:
         raise Refusal(f"{where}: {refusal}") from None
     except ValidationError as error:
-        lines = [describe(problem, root) for problem in error.errors()]
+        lines = [describe(problem, root) for problem in _first_of(error.errors())]
         raise Refusal("\n".join(f"{where}: {line}" for line in lines)) from None
 
 
@@ -61,10 +67,25 @@ def read_table(path: Path, below: tuple[Path, ...] = ()) -> Table:
     """Read one TOML file and the parent it `extends`; keys of the child win, tables are merged, arrays replaced."""
     try:
         path = path.resolve()
-    except (OSError, RuntimeError) as error:  # a circle of links, a name too long
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a name too long or with a zero byte
         raise Refusal(f"{str(path)[:200]}: is no path of a configuration file: {error.__class__.__name__}") from None
     if path in below:
         raise Refusal(f"{path}: extends itself through {' -> '.join(p.name for p in (*below, path))}; break the circle")
+    if len(below) > MOST_PARENTS:
+        raise Refusal(f"{below[0]}: extends more than {MOST_PARENTS} files, one the other; write them as one")
+    table = _parsed(path)
+    parent = table.pop("extends", None)
+    if parent is None:
+        return table
+    if not isinstance(parent, str):
+        raise Refusal(f"{path}: extends={_shown(parent)} must be the path of one TOML file, relative to this one")
+    return merge(read_table(path.parent / parent, (*below, path)), table)
+
+
+def _parsed(path: Path) -> Table:
+    """The table of one file, as it stands there."""
+    if _is_endless(path):
+        raise Refusal(f"{path}: is a pipe or a device; give a TOML file")
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -77,14 +98,12 @@ def read_table(path: Path, below: tuple[Path, ...] = ()) -> Table:
         raise Refusal(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except ValueError as error:  # tomllib's own, or a number of thousands of digits
         raise Refusal(f"{path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise Refusal(f"{path}: not valid TOML: arrays lie too deep inside one another") from None
     except OSError as error:
         raise Refusal(f"{str(path)[:200]}: cannot be read: {error.strerror}") from None
-    parent = table.pop("extends", None)
-    if parent is None:
-        return table
-    if not isinstance(parent, str):
-        raise Refusal(f"{path}: extends={parent!r} must be the path of one TOML file, relative to this one")
-    return merge(read_table(path.parent / parent, (*below, path)), table)
+    _check_depth(table, str(path))
+    return table
 
 
 def merge(parent: Mapping[str, Any], child: Mapping[str, Any]) -> Table:
@@ -108,17 +127,21 @@ def apply_override(table: Table, override: str) -> None:
     dotted, equals, text = override.partition("=")
     names = dotted.strip().split(".")
     if not equals or not all(names):
-        raise Refusal(f"override {override!r}: write section.key=value, for example optimizer.learning_rate=1e-3")
+        raise Refusal(f"override {_quoted(override)}: write section.key=value, as in optimizer.learning_rate=1e-3")
+    if len(names) > DEEPEST:
+        raise Refusal(f"override {_quoted(override)}: no key lies more than {DEEPEST} tables deep")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except ValueError:
+        parsed = tomllib.loads(f"value = {text}")
+        value = parsed["value"] if len(parsed) == 1 else text.strip()  # lines of their own are no part of a value
+    except (ValueError, RecursionError):
         value = text.strip()
+    _check_depth(value, f"override {_quoted(override)}")
     place: Any = table
     for name in names[:-1]:
         place = _step_into(place, name, override)
     last: Any = _index(place, names[-1], override) if isinstance(place, list) else names[-1]
     if not isinstance(place, dict | list):
-        raise Refusal(f"override {override!r}: {'.'.join(names[:-1])} is a value, not a table")
+        raise Refusal(f"override {_quoted(override)}: {'.'.join(names[:-1])[:80]} is a value, not a table")
     place[last] = value
 
 
@@ -150,7 +173,7 @@ def describe(problem: ErrorDetails, root: type[Section]) -> str:
     place, message, value = problem["loc"], problem["msg"].removeprefix("Value error, "), problem["input"]
     if not place and problem["type"] == "value_error":  # between sections: the message has the keys
         return message
-    key = ".".join(str(name) for name in _without_tags(place, root)) or "the configuration"
+    key = ".".join(_name(step) for step in _without_tags(place, root)) or "the configuration"
     if problem["type"] == "extra_forbidden":
         known = sorted({name for section in _sections_at(place[:-1], root) for name in section.model_fields})
         return f"{key}: unknown key (value {_shown(value)}){nearest(str(place[-1]), known)}"
@@ -161,7 +184,7 @@ def describe(problem: ErrorDetails, root: type[Section]) -> str:
         if problem["type"] == "union_tag_not_found":
             return f"{key}: needs a kind; known: {', '.join(sorted(kinds))}"
         tag = problem.get("ctx", {}).get("tag")
-        return f"{key}.kind: unknown kind {tag!r}{nearest(str(tag), kinds)}"
+        return f"{key}.kind: unknown kind {_quoted(str(tag))}{nearest(str(tag), kinds)}"
     if problem["type"] == "value_error" and isinstance(value, Mapping):
         return f"{key}: {message}"
     return f"{key}={_shown(value)}: {message}"
@@ -170,6 +193,35 @@ def describe(problem: ErrorDetails, root: type[Section]) -> str:
 def _shown(value: object) -> str:
     text = json.dumps(value, default=str) if value is not None else "(left out)"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def _name(step: str | int) -> str:
+    """A step of a key as a line can hold it."""
+    text = str(step)
+    return text if text.isprintable() and len(text) <= 80 else _quoted(text)
+
+
+def _first_of(problems: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """The problems, without those that only follow: an array lacks items when one of them is wrong."""
+    places = [problem["loc"] for problem in problems]
+    return [
+        problem
+        for problem, place in zip(problems, places, strict=True)
+        if problem["type"] != "too_short" or not any(len(p) > len(place) and p[: len(place)] == place for p in places)
+    ]
+
+
+def _check_depth(value: Any, where: str) -> None:
+    """Refuse tables and arrays that lie deeper inside one another than what looks at them can go."""
+    level, depth = [value], 0
+    while level := [x for v in level if isinstance(v, dict | list) for x in (v.values() if isinstance(v, dict) else v)]:
+        depth += 1
+        if depth > DEEPEST:
+            raise Refusal(f"{where}: tables and arrays lie more than {DEEPEST} deep inside one another; no key does")
 
 
 def _leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
@@ -187,35 +239,45 @@ def _step_into(place: Any, name: str, override: str) -> Any:
     if isinstance(place, list):
         return place[_index(place, name, override)]
     if not isinstance(place, dict):
-        raise Refusal(f"override {override!r}: {name} lies below a value, not below a table")
+        raise Refusal(f"override {_quoted(override)}: {name[:80]} lies below a value, not below a table")
     return place.setdefault(name, {})
 
 
 def _index(items: list[Any], name: str, override: str) -> int:
     if not name.isdecimal() or int(name) >= len(items):
-        raise Refusal(f"override {override!r}: {name!r} must be a number below {len(items)}, as that key is an array")
+        raise Refusal(
+            f"override {_quoted(override)}: {_quoted(name)} must be a number below {len(items)}, as it is of an array"
+        )
     return int(name)
 
 
-def _taken(value: Any, sections: Sequence[type[Section]], key: str = "") -> Any:
+def _taken(value: Any, kinds: Sequence[object], key: str = "") -> Any:
     """The value without the keys that say "none" where they may be left out: so a child or an override takes one back.
 
     Raises Refusal for a whole number beyond 64 bits: TOML has none, and as a float it would be infinite.
     """
     if isinstance(value, list):
-        return [_taken(item, sections, f"{key}.{number}") for number, item in enumerate(value)]
+        return [_taken(item, _inside(kinds, number), f"{key}.{number}") for number, item in enumerate(value)]
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise Refusal(f"{key}={_shown(value)}: is beyond 64 bits; use a smaller number")
     if not isinstance(value, Mapping):
         return value
     taken = {}
     for name, inner in value.items():
-        fields = [section.model_fields[name] for section in sections if name in section.model_fields]
+        fields = [section.model_fields[name] for section in _sections_of(kinds) if name in section.model_fields]
         if inner == "none" and any(field.default is None for field in fields):
             continue
-        below = [section for field in fields for section in _sections_in(field.annotation)] if fields else sections
-        taken[name] = _taken(inner, below, f"{key}.{name}" if key else name)
+        taken[name] = _taken(inner, _inside(kinds, name), f"{key}.{_name(name)}" if key else _name(name))
     return taken
+
+
+def _is_endless(path: Path) -> bool:
+    """Whether reading may wait, or go on, for ever: a pipe or a device."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # reading says it better
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _nearest_file(path: Path) -> str:
@@ -223,27 +285,43 @@ def _nearest_file(path: Path) -> str:
     return nearest(path.name, siblings) if siblings else ""
 
 
-def _sections_in(annotation: object) -> Iterator[type[Section]]:
-    """Every Section class that an annotation can hold."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+def _kinds_in(annotation: object) -> Iterator[object]:
+    """The types that an annotation allows, one by one."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        yield from _kinds_in(typing.get_args(annotation)[0])
+    elif typing.get_origin(annotation) in (typing.Union, UnionType):
+        for inner in typing.get_args(annotation):
+            yield from _kinds_in(inner)
+    else:
         yield annotation
-    for inner in typing.get_args(annotation):
-        yield from _sections_in(inner)
 
 
-def _walk(place: Sequence[str | int], root: type[Section]) -> Iterator[tuple[str | int, bool, list[type[Section]]]]:
-    """For each step of an error's path: the step, whether it is only a union's tag, and the sections it leads to."""
-    sections: list[type[Section]] = [root]
+def _sections_of(kinds: Sequence[object]) -> list[type[Section]]:
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+
+
+def _inside(kinds: Sequence[object], step: str | int) -> list[object]:
+    """The types of what a key of a section, an item of an array or an entry of a dictionary may be."""
+    fields = [section.model_fields.get(str(step)) for section in _sections_of(kinds)]
+    annotations = [field.annotation for field in fields if field is not None]
+    for kind in kinds:
+        origin, inner = typing.get_origin(kind), typing.get_args(kind)
+        if origin is tuple or origin is list:
+            annotations.append(inner[0])
+        elif origin is dict:
+            annotations.append(inner[1])
+    return [kind for annotation in annotations for kind in _kinds_in(annotation)]
+
+
+def _walk(place: Sequence[str | int], root: type[Section]) -> Iterator[tuple[str | int, bool, list[object]]]:
+    """For each step of an error's path: the step, whether it is only a union's tag, and the types it leads to."""
+    kinds: list[object] = [root]
     for step in place:
-        owner = next((s for s in sections if str(step) in s.model_fields), None)
-        if owner is not None:
-            sections = list(_sections_in(owner.model_fields[str(step)].annotation))
-            yield step, False, sections
-        else:
-            tagged = [s for s in sections if "kind" in s.model_fields and s.model_fields["kind"].default == step]
-            is_tag = bool(tagged) and len(sections) > 1
-            sections = tagged if is_tag else sections
-            yield step, is_tag, sections
+        sections = _sections_of(kinds)
+        tagged = [s for s in sections if "kind" in s.model_fields and s.model_fields["kind"].default == step]
+        is_tag = bool(tagged) and len(sections) > 1
+        kinds = list(tagged) if is_tag else _inside(kinds, step)
+        yield step, is_tag, kinds
 
 
 def _without_tags(place: Sequence[str | int], root: type[Section]) -> list[str | int]:
@@ -251,7 +329,7 @@ def _without_tags(place: Sequence[str | int], root: type[Section]) -> list[str |
 
 
 def _sections_at(place: Sequence[str | int], root: type[Section]) -> list[type[Section]]:
-    return [root] if not place else [sections for _, _, sections in _walk(place, root)][-1]
+    return _sections_of([root] if not place else [kinds for _, _, kinds in _walk(place, root)][-1])
 
 
 __all__ = ["Refusal", "Section", "differences", "load", "nearest", "to_dict", "to_toml", "validate"]

@@ -95,5 +95,6 @@ def check_schedule(settings: ScheduleSettings, total_tokens: int) -> None:
     """Raise ValueError where a run of `total_tokens` is too short for its warm-up and decay."""
     decay = decay_length(settings, total_tokens) if isinstance(settings, WSDSchedule) else 0
     if settings.warmup_tokens + decay > total_tokens:
-        parts = f"warmup_tokens={settings.warmup_tokens}" + (f" and a decay of {decay} tokens" if decay else "")
+        parts = f"optimizer.schedule.warmup_tokens={settings.warmup_tokens}"
+        parts += f" and a decay of {decay} tokens" if decay else ""
         raise ValueError(f"{parts} do not fit into total_tokens={total_tokens}; shorten them or train for longer")

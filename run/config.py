@@ -31,7 +31,7 @@ from run.plans import tell_plans, whole_documents
 from run.scale import scaled
 from settings import Refusal, Section, nearest, read, to_toml, validate
 
-MOST_RANKS = 1 << 16
+MOST_RANKS = 1 << 8
 """That hold a row together: how they share it is laid out for all of them, on each."""
 MOST_TOKENS = 1 << 28
 """Of a step, for each rank or group of ranks, which takes its rows of a step at once: some 10 GB in its memory."""

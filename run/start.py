@@ -200,7 +200,9 @@ def leave(status: int) -> NoReturn:
 
 def _complain(line: str) -> None:
     rank = f"rank {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    print(f"{rank}{line}", file=sys.stderr, flush=True)
+    # A file, or whoever wrote it, may not tell a terminal what to do.
+    shown = "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in line)
+    print(f"{rank}{shown}", file=sys.stderr, flush=True)
 
 
 def _stop_on_signals(run: Run) -> None:

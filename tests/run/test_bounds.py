@@ -68,8 +68,8 @@ def test_numbers_are_refused_or_taken(asked: tuple[str, ...], value: str, capsys
         ([f"{STAGE}.tokens_per_step={2**41}"], rf"stages\.0\.tokens_per_step={2**41}: .*less than or equal to {2**40}"),
         ([f"{STAGE}.sequence_length={2**28}"], rf"sequence_length={2**28}: .*less than or equal to {LONGEST}"),
         ([f"{STAGE}.positions={{kind='pose', reach=4_000_000_000_000}}"], r"positions\.reach=4000000000000: .*less"),
-        ([f"{STAGE}.context={2**20}"], r"context\.stages\.0\.context=1048576 is above 65536, the most ranks"),
-        ([f"parallel.context={2**20}"], r"parallel\.context=1048576 is above 65536, the most ranks"),
+        ([f"{STAGE}.context={2**20}"], r"context\.stages\.0\.context=1048576 is above 256, the most ranks"),
+        ([f"parallel.context={2**20}"], r"parallel\.context=1048576 is above 256, the most ranks"),
         ([f"{STAGE}.buckets={{wurds=[{{from_tokens=8, share=1.0}}]}}"], r"buckets\.wurds: no source of that name; did"),
         (
             ["context.stages.1.mixture={needles=1.0}", "context.stages.1.buckets={words=[{from_tokens=8, share=1.0}]}"],
