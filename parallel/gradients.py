@@ -62,4 +62,5 @@ def norm_over_ranks(parameters: Parameters, layouts: Mapping[str, Layout], mesh:
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, most: float) -> None:
     """Scale all gradients so that their common norm, which is `norm`, is at most `most`."""
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
-    torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+    if gradients:
+        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))

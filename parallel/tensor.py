@@ -7,6 +7,7 @@ is not cut is a part of a sum over the ranks, norms included. What every rank co
 (balance losses), has to be divided by their number.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from attention.attention import Attention
 from attention.kinds import AnyAttention
 from attention.latent import LatentAttention
 from context.comm import all_gather, reduce_scatter
+from context.layout import chunks_of
 from model.feed_forward import FeedForward
 from model.transformer import ModelSettings
 from moe.experts import Experts
@@ -29,6 +31,7 @@ from moe.router import Router
 from moe.routing import RoutingStats
 from parallel.layout import Layout, cut_parameter
 from parallel.mesh import Mesh, ParallelSettings, divisors
+from settings import Refusal
 
 TOKENS = 1
 """The dimension of (B, T, D) along which tokens are shared out."""
@@ -56,20 +59,25 @@ def check_tensor(settings: ParallelSettings, model: ModelSettings) -> None:
         sizes["model.feed_forward_width"] = model.feed_forward_width
     if moe is not None:
         sizes["model.moe.expert_width"] = moe.expert_width
+    near = min(divisors(math.gcd(*sizes.values())), key=lambda d: (abs(d - W), d))
     for key, size in sizes.items():
         if size % W:
-            near = min(divisors(size), key=lambda d: (abs(d - W), d))
             raise ValueError(f"parallel.tensor={W} does not divide {key}={size}; try parallel.tensor={near}")
 
 
 def check_rows(settings: ParallelSettings, sequence_length: int, row_ranks: int, key: str) -> None:
     """Raise ValueError where the tokens of a row that a rank holds cannot be shared out. key: of the length."""
-    together = settings.tensor * row_ranks
-    if settings.tensor > 1 and sequence_length % together:
+    W, kind = settings.tensor, settings.sequence.layout
+    chunks = chunks_of(kind, settings.sequence.chunks_per_rank) if row_ranks > 1 else 1
+    # As many as it holds of a row that is padded to whole chunks, which is all of one that no others hold.
+    held = -(-sequence_length // (row_ranks * chunks)) * chunks
+    if held % W:
+        together = row_ranks * math.lcm(W, chunks)
         near = max(1, round(sequence_length / together)) * together
+        of = f" of the {held} that each of {row_ranks} ranks holds of a row" if row_ranks > 1 else ""
         raise ValueError(
-            f"{key}={sequence_length} must be a multiple of {together}, as parallel.tensor={settings.tensor} ranks"
-            f" share out its tokens{f' on each of {row_ranks} that hold a row' if row_ranks > 1 else ''}; try {near}"
+            f"{key}={sequence_length} must be a multiple of {together}, as parallel.tensor={W} ranks share out its"
+            f" tokens{of}; try {near}"
         )
 
 
@@ -96,6 +104,8 @@ def split_tensors(model: nn.Module, mesh: Mesh, layouts: dict[str, Layout]) -> N
 
 def _split_ends(model: nn.Module, mesh: Mesh, layouts: dict[str, Layout], group: dist.ProcessGroup) -> None:
     """Of embedding, head and final norm those that are here: of a pipeline's model, each rank has a part."""
+    if "embedding.weight" in layouts:  # on every rank of a pipeline
+        _check_vocabulary(layouts["embedding.weight"].shape[0], group.size())
     embedding, head, norm = (getattr(model, name, None) for name in ("embedding", "head", "norm"))
     if isinstance(embedding, nn.Embedding):
         layout = layouts["embedding.weight"] = layouts["embedding.weight"].cut("tensor", 0)
@@ -107,6 +117,20 @@ def _split_ends(model: nn.Module, mesh: Mesh, layouts: dict[str, Layout], group:
         cut_parameter(head, "weight", mesh.grid, mesh.world.rank, layout)
     if isinstance(norm, nn.Module):
         norm.register_forward_hook(lambda _module, _inputs, out: gather_tokens(out, group))
+
+
+def _check_vocabulary(vocab_size: int, num_ranks: int) -> None:
+    """Every rank has to have some rows: the last ones have fewer, or none where there are far too many ranks."""
+
+    def fits(ranks: int) -> bool:
+        return -(-vocab_size // ranks) * (ranks - 1) < vocab_size
+
+    if not fits(num_ranks):
+        near = max(filter(fits, divisors(num_ranks)))
+        raise Refusal(
+            f"parallel.tensor={num_ranks} leaves some ranks none of the {vocab_size} tokens of the vocabulary; try"
+            f" parallel.tensor={near}"
+        )
 
 
 def _parameters(module: nn.Module, prefix: str, name: str) -> Iterator[tuple[nn.Module, str, str]]:
