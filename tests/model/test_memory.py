@@ -159,6 +159,15 @@ def test_the_most_at_any_moment_is_told_to_an_eighth(name: str, chunk: int, reco
     assert needed.activations + needed.temporary == pytest.approx(Step(settings_of(name), share).peak(), rel=0.125)
 
 
+@pytest.mark.parametrize("recompute", KINDS)
+@pytest.mark.parametrize("name", PEAKS)
+def test_all_that_a_rank_needs_is_told_to_a_tenth(name: str, recompute: Kind) -> None:
+    needed = memory(settings_of(name), VOCAB_SIZE, "adamw", Share(N, FP32, recompute))
+    assert needed.total == pytest.approx(
+        needed.states + Step(settings_of(name), Share(N, FP32, recompute)).peak(), rel=0.1
+    )
+
+
 @pytest.mark.parametrize("name", ["dense", "latent with small queries", "experts", "shared experts with a gate"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_weights_and_moments_are_those_of_a_model_that_trains(kind: str, name: str) -> None:
