@@ -1,6 +1,7 @@
 """Pretrain one model from one configuration: `python train.py CONFIG [section.key=value ...]`."""
 
 import argparse
+from functools import partial
 
 import torch
 
@@ -58,6 +59,7 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     checkpoints = Checkpoints(run.folder, config.checkpoint, model, optimizer.optimizers, config, run.say)
     state = begin_branch(checkpoints, origin, run) if origin else checkpoints.restore_latest() or {}
     progress = Progress.of(state)
+    run.guard.restore(state)
     try_batches(model, optimizer, batches, run, progress.tokens)
     recorder = Recorder(run, batches.tokenizer, progress)
     examiner = Examiner(run, model, materials, recorder, state)
@@ -73,12 +75,13 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
         optimizer.set_learning_rate(rate_of_step(config, step))
         with recorder.profile(progress):
             report = train_step(model, optimizer, microbatches, step, run)
+        run.guard.after(progress.step, step, optimizer, checkpoints)
         recorder.record(progress, step, report, optimizer.learning_rate)
         examiner.after(step, progress)
-        if checkpoints.due(progress.step) or step.is_last_of_stage:
-            save(checkpoints, progress, report, examiner)
+        if checkpoints.due(progress.step) or step.is_last_of_stage or run.guard.owes_save:
+            save(checkpoints, progress, run, examiner)
     if checkpoints.latest_step != progress.step and report is not None:
-        save(checkpoints, progress, report, examiner)  # stopped by a signal
+        save(checkpoints, progress, run, examiner)  # stopped by a signal
     recorder.close(progress, is_asked_to_stop=not examiner.stops)
     run.finish()
     examiner.obey()
@@ -110,20 +113,21 @@ def train_step(
     sum_gradients(parameters, run.layouts, run.mesh)
     for tensor in (nats, *routing.tensors()):
         run.mesh.data.sum(tensor)
-    gradient_norm = norm_over_ranks(parameters, run.layouts, run.mesh)
+    loss, gradient_norm = nats / num_targets, norm_over_ranks(parameters, run.layouts, run.mesh)
     clip_gradients(optimizer.parameters, gradient_norm, optimizer.clip)
-    optimizer.step()
-    if routing.counts_LE is not None:
-        update_biases(routers, routing.counts_LE, balance.rules)
+    move_biases = partial(update_biases, routers, routing.counts_LE, balance.rules)
+    run.guard.update(optimizer, loss, gradient_norm, routers, move_biases)
     watch_choices(routing, stats, model, microbatches[0], step, run)
-    return StepReport(nats / num_targets, gradient_norm, routing, microbatches)
+    return StepReport(loss, gradient_norm, routing, microbatches)
 
 
-def save(checkpoints: Checkpoints, progress: Progress, report: StepReport, examiner: Examiner) -> None:
-    """Save this step; raises Refusal, with the last good checkpoint untouched, when its numbers are not finite."""
-    report.check_finite(progress, checkpoints.latest_step)
-    state = {**vars(progress), **examiner.state()}
-    checkpoints.save(progress.step, state, is_stage_end=examiner.is_stage_end(progress))
+def save(checkpoints: Checkpoints, progress: Progress, run: Run, examiner: Examiner) -> None:
+    """Save this step, or later; raises Refusal, with the last good checkpoint untouched, of weights not finite."""
+    run.watchdog.at(f"the checkpoint of step {progress.step}", is_slow=True)
+    is_stage_end = examiner.is_stage_end(progress)
+    if run.guard.may_save(progress.step, checkpoints, is_stage_end=is_stage_end):
+        state = {**vars(progress), **examiner.state(), **run.guard.state()}
+        checkpoints.save(progress.step, state, is_stage_end=is_stage_end)
 
 
 def parse_arguments() -> argparse.Namespace:

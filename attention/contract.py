@@ -60,6 +60,8 @@ class Capability:
     """Answers in fp32 whatever the inputs are (`Options.is_partial`)."""
     lse_gradient: bool = True
     """Takes the gradient of the log-sum-exp."""
+    deterministic: bool = True
+    """The same gradients bit for bit at every run, once torch is told to use deterministic algorithms."""
 
 
 @dataclass(frozen=True)

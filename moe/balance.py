@@ -297,10 +297,13 @@ BIAS_RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @torch.no_grad()
-def update_biases(routers: Iterable[Router], counts_LE: Tensor, rules: Sequence[BalanceSettings]) -> None:
-    """Where a rule moves biases: move every router's once, after an optimizer step, by that step's counts (L, E)."""
+def update_biases(routers: Iterable[Router], counts_LE: Tensor | None, rules: Sequence[BalanceSettings]) -> None:
+    """Where a rule moves biases: move every router's once, after an optimizer step, by that step's counts (L, E).
+
+    counts_LE: None where there are no routers.
+    """
     for rule in rules:
-        if rule.kind == "bias":
+        if rule.kind == "bias" and counts_LE is not None:
             for router, counts_E in zip(routers, counts_LE, strict=True):
                 assert router.bias_E is not None
                 router.bias_E.copy_(bias_update(router.bias_E, counts_E, rule.step, rule.rule))

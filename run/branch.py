@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MAY_DIFFER = (
     *MAY_CHANGE,
-    *("branch", "total_tokens", "evals"),
+    *("branch", "total_tokens", "evals", "guard"),
     *("tokens_per_microbatch", "compile", "loss_chunk"),
 )
 """Keys that say nothing about the stages before, or only how they were computed."""

@@ -25,10 +25,13 @@ from parallel.sequence import check_context
 from parallel.tensor import check_rows, check_tensor
 from run.branch import BranchSettings
 from run.checkpoint import CheckpointSettings
+from run.deterministic import check_deterministic
 from run.gate import check_gates
+from run.guard import GuardSettings
 from run.initial import InitialSettings
 from run.plans import tell_plans, whole_documents
 from run.scale import scaled
+from run.watchdog import WatchdogSettings
 from settings import Refusal, Section, nearest, read, to_toml, validate
 
 MOST_RANKS = 1 << 8
@@ -90,6 +93,10 @@ class RunConfig(Section):
     loss_chunk: PositiveInt = 4096
     """Tokens whose logits exist at one time."""
     profile: ProfileSettings | None = None
+    guard: GuardSettings = GuardSettings()
+    watchdog: WatchdogSettings = WatchdogSettings()
+    deterministic: bool = False
+    """The same bits at every run on the same machine; an operator that cannot is refused by name. It may be slower."""
     trial: bool = True
     """Try the largest micro-batch of every stage to come before the first step: lack of memory then shows at once."""
 
@@ -125,6 +132,12 @@ class RunConfig(Section):
             if (tokens := self.tokens_per_microbatch) is not None:
                 _check_divides(step.length_key, step.sequence_length, "tokens_per_microbatch", tokens)
                 _check_divides("tokens_per_microbatch", tokens, step.stage.step_key, step.num_tokens)
+        return self
+
+    @model_validator(mode="after")
+    def check_determinism(self) -> "RunConfig":
+        if self.deterministic:
+            check_deterministic(self.model)
         return self
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ def enter_stage(model: Transformer, optimizer: Optimizer, run: Run, step: StepPl
 
     What is set again at every step needs no memory of which stage was entered last, so a resume needs none either.
     """
+    run.watchdog.at(f"the step after {step.start_tokens:,} tokens")
     take_shape(model, run, step.stage)
     # By the plan alone: a resume that lands on the first step does it too, one that lands later does not again.
     if step.stage.settings.moments == "reset" and step.is_first_of_stage:

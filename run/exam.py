@@ -60,6 +60,7 @@ class Examiner:
         Both before the checkpoint of the stage's end is written: a run that goes on from there has all their rows.
         """
         evals, stage = self._evals, step.stage
+        self.run.watchdog.at(f"evaluation after {progress.tokens:,} tokens")
         if is_due(evals, step.start_tokens, step.end_tokens, is_stage_end=step.is_last_of_stage):
             next_rotary = self._stages.new_rotary(progress.tokens)
             cells = self._ask(evals, next_rotary)
@@ -123,7 +124,8 @@ class Examiner:
 
     def _ask(self, evals: EvalsSettings, new_rotary: AnyRotary | None = None) -> list[Cell]:
         """Of the whole model, which ranks that hold parts of it have to bring together first."""
-        with whole_model(self.model, self.run.mesh, self.run.layouts) as model:
+        whole = whole_model(self.model, self.run.mesh, self.run.layouts)
+        with whole as model, self.run.watchdog.following(model):
             return run_suite(model, evals, self.materials, new_rotary)
 
     def _keep(self, cells: Sequence[Cell], progress: Progress) -> None:

@@ -16,7 +16,10 @@ MAY_CHANGE = (
     *("recompute", "offload"),
 )
 """The keys under which a run may continue with other values; its folder may be renamed and copied."""
-MAY_CHANGE_INSIDE = ("model.moe.router.at_eval", "context.stages.*.context")
+MAY_CHANGE_INSIDE = (
+    *("model.moe.router.at_eval", "context.stages.*.context"),
+    *("guard.most_skipped", "guard.spike.most_roll_backs"),
+)
 """Keys further down that no trained number depends on; * is any number."""
 
 

@@ -24,7 +24,6 @@ from parallel.sequence import farthest_view
 from run.metrics import Metrics, ProgressLine, Row
 from run.report import write_report
 from run.start import Run
-from settings import Refusal
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,6 @@ class StepReport:
     """Before clipping."""
     routing: RoutingMeter
     microbatches: list[Batch]
-
-    def check_finite(self, progress: Progress, last_good: int | None) -> None:
-        """Refuse to go on, or to save, once the loss or the gradients are not numbers."""
-        loss, norm = float(self.loss), float(self.gradient_norm)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            saved = f"the checkpoint of step {last_good} is intact" if last_good else "nothing was saved"
-            raise Refusal(
-                f"step {progress.step}: the loss is {loss} and the gradient norm {norm}; {saved}. "
-                "Lower optimizer.learning_rate or optimizer.clip and start under another name"
-            )
 
 
 class Recorder:
@@ -113,6 +102,7 @@ class Recorder:
             "peak_memory_bytes": peak_memory(self.run.device),
             "documents": documents,
             "distances": distances,
+            **self.run.guard.row(progress.step),
             **report.routing.report(),
         }
         if self.metrics is not None and self.line is not None:

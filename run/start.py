@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -25,8 +26,11 @@ from parallel.whole import is_in_parts
 from parallel.world import World
 from run.branch import Origin
 from run.config import RunConfig
+from run.deterministic import fix_order, forbidden
 from run.environment import environment
 from run.folder import RUNS, choose_name, describe, hold, let_go, refuse_other_run
+from run.guard import Guard
+from run.watchdog import Watchdog
 from settings import Refusal
 
 NAMELESS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
@@ -50,9 +54,15 @@ class Run:
     """Who shares what, `world` being all ranks of it; left out, all of them hold the same."""
     layouts: Layouts = field(default_factory=dict)
     """How the model lies on them, once it does."""
+    guard: Guard = field(init=False)
+    """Which steps may change the weights."""
+    watchdog: Watchdog = field(init=False)
+    """What ends this rank where it stands still."""
     stop_requested: bool = False
 
     def __post_init__(self) -> None:
+        self.guard = Guard(self.config.guard, self.world)
+        self.watchdog = Watchdog(self.config.watchdog, self.world.rank)
         self.mesh = self.mesh or Mesh(Grid(self.world.size), self.world, {})
 
     @property
@@ -71,6 +81,7 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of every forward pass: bf16 autocast, or nothing at all in fp32."""
+        self.watchdog.beat()  # whoever computes comes by here
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
@@ -102,10 +113,12 @@ class Run:
             describe(self.folder, self.config, materials, around)
         self.world.wait()
         _stop_on_signals(self)
+        self.watchdog.start(self.folder)
 
     def finish(self) -> None:
         """Let go of the folder and leave the process group; all ranks arrive before one of them goes."""
         self.world.wait()
+        self.watchdog.stop()
         if self.world.is_main:
             let_go(self.folder)
         if self.world.size > 1:
@@ -118,8 +131,9 @@ def start(config: RunConfig, *, fresh: bool = False) -> Run:
     The run's name in its configuration becomes that of the folder. Raises Refusal for a device or precision that is
     not there, and for a folder of another configuration.
     """
+    fix_order(config.deterministic)
     device = choose_device(config.device)
-    world = join_ranks(device)
+    world = join_ranks(device, config.watchdog.timeout)
     if device.type == "cuda":
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
@@ -134,7 +148,7 @@ def start(config: RunConfig, *, fresh: bool = False) -> Run:
     return Run(config, RUNS / config.name, device, dtype, world, row_group, row_groups, mesh)
 
 
-def join_ranks(device: torch.device) -> World:
+def join_ranks(device: torch.device, timeout: timedelta | None) -> World:
     """The ranks that torchrun started, over NCCL on GPUs and gloo on CPUs; a world of one without torchrun."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -142,7 +156,7 @@ def join_ranks(device: torch.device) -> World:
     local_rank = int(os.environ["LOCAL_RANK"])
     if device.type == "cuda" and local_rank >= torch.cuda.device_count():
         raise Refusal(f"{torch.cuda.device_count()} GPUs here cannot hold local rank {local_rank}; start fewer ranks")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     return World(dist.get_rank(), size, local_rank)
 
 
@@ -177,6 +191,12 @@ def refusing(entry: Callable[[], None]) -> int:
             raise
         place = error.filename if error.filename is not None else "a file of this run"
         _complain(f"refused: {place}: {error.strerror}; mend that and start the same command again")
+        return 2
+    except RuntimeError as error:
+        said = forbidden(error)
+        if said is None:
+            raise
+        _complain(f"refused: {said}")
         return 2
     except KeyboardInterrupt:
         _complain("interrupted; the same command starts it again, from its last checkpoint where there is one")

@@ -74,6 +74,7 @@ class Cudnn:
         softcap=False,
         partial=False,
         max_channels=128,
+        deterministic=False,
     )
     kernel = CudaCudnn()
 

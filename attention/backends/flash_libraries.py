@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attention.backends import aten
+from settings import Refusal
 
 UNBOUNDED = -1
 """A side of a window without an end, in all libraries but flash-attn 4."""
@@ -129,7 +130,7 @@ class FlashAttention2:
             window_size_right=segments.window[1],
             softcap=softcap,
             alibi_slopes=None,
-            deterministic=False,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return dq, dk, dv
 
@@ -167,6 +168,7 @@ class FlashAttention3:
             **{"dout": grad, "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse, "dq": dq, "dk": dk, "dv": dv},
             **_segment_names(segments),
             **{"softmax_scale": scale, causal: False, "softcap": softcap, **_window_names(function, segments)},
+            **_fixed_order(function),
         }
         function(**_filled_up(function, named))
         return dq, dk, dv
@@ -192,6 +194,21 @@ def _filled_up(function: Any, named: dict[str, Any]) -> dict[str, Any]:
     """With None for each argument that has no default: those are the parts of generation."""
     empty = {name: None for name, parameter in _parameters(function).items() if parameter.default is parameter.empty}
     return {**empty, **named}
+
+
+def _fixed_order(function: Any) -> dict[str, bool]:
+    """What tells a backward pass to add up in the same order every time, where torch was told to.
+
+    Raises Refusal where the library knows no such word.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return {}
+    if "deterministic" not in _parameters(function):
+        raise Refusal(
+            f"deterministic=true: this version of {function.__module__} adds gradients up in no fixed order; use "
+            'model.attention.backend="sdpa"'
+        )
+    return {"deterministic": True}
 
 
 def _parameters(function: Any) -> Any:
@@ -229,7 +246,8 @@ class FlashAttention4:
         self, tensors: tuple[Tensor, ...], segments: Segments, scale: float, softcap: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad, q, k, v, out, lse = tensors
-        dq, dk, dv = import_module(self.module)._flash_attn_bwd(
+        function = import_module(self.module)._flash_attn_bwd
+        dq, dk, dv = function(
             q,
             k,
             v,
@@ -241,6 +259,7 @@ class FlashAttention4:
             softcap=softcap,
             window_size_left=segments.left,
             window_size_right=segments.right,
+            **_fixed_order(function),
         )
         return dq, dk, dv
 

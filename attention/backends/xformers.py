@@ -33,6 +33,7 @@ class Xformers:
         # One more for the gradient of the log-sum-exp would be too many with 256.
         max_channels=248,
         partial=False,
+        deterministic=False,
     )
 
     def unavailable(self) -> str | None:

@@ -68,7 +68,7 @@ def as_started() -> Iterator[None]:
     """`train.main` on the ranks that are already here, in a folder that they share."""
     world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank())
     replaced = {
-        (start, "join_ranks"): lambda device: world,
+        (start, "join_ranks"): lambda device, timeout: world,
         (dist, "destroy_process_group"): lambda: None,
         (record, "write_report"): lambda folder: folder,
     }
