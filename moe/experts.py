@@ -40,6 +40,8 @@ class Experts(nn.Module):
         super().__init__()
         self.matmul = matmul
         self.recompute_up = recompute == "up"
+        self.later: grouped.Later | None = None
+        """Set from outside, where weight gradients are to be made later; ways that cannot make them at once."""
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_width, width))
         self.down = nn.Parameter(torch.empty(num_experts, width, expert_width))
         self.reset_parameters()
@@ -61,7 +63,11 @@ class Experts(nn.Module):
         plan = sort_rows(chosen_NK, len(down), max_rows)
         # From here on dtypes are chosen on purpose: some products of low precision are computed in fp32.
         with torch.autocast(x_ND.device.type, enabled=False):
-            return MATMULS[matmul](x_ND.to(dtype), gates_NK, gate_up, down, plan, self.recompute_up)
+            inputs = (x_ND.to(dtype), gates_NK, gate_up, down, plan, self.recompute_up)
+            if self.later is None or matmul not in grouped.CAN_WAIT or not torch.is_grad_enabled():
+                return MATMULS[matmul](*inputs)
+            later, leaves = self.later, (self.gate_up, self.down)
+            return grouped.CAN_WAIT[matmul](*inputs, lambda stages: grouped.WaitingStages(stages, later, *leaves))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -4,11 +4,12 @@
 
 import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from moe.dispatch import Plan, gather_slots, gather_sum, pad_rows
@@ -59,6 +60,38 @@ class Stages(Protocol):
     def grad_input(self, dz_RJ: Tensor, plan: Plan, gate_up: Tensor) -> Tensor:
         """dx (N, D): dz times gate_up[e], summed over a token's rows."""
         ...
+
+
+class Later(Protocol):
+    """Takes what makes a parameter's gradient, and makes it when there is time."""
+
+    def add(self, parameter: Tensor, gradient: Callable[[], Tensor]) -> None: ...
+
+
+class WaitingStages:
+    """Stages whose weight gradients are left to be made later: the two answer None, and autograd takes that for it."""
+
+    def __init__(self, stages: Stages, later: Later, gate_up: nn.Parameter, down: nn.Parameter) -> None:
+        self.stages, self.later, self.parameters = stages, later, (gate_up, down)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stages, name)
+
+    def grad_down(self, *arguments: Any) -> None:
+        """See Stages."""
+        self.later.add(self.parameters[1], partial(self.stages.grad_down, *arguments))
+
+    def grad_gate_up(self, *arguments: Any) -> None:
+        """See Stages."""
+        self.later.add(self.parameters[0], partial(self.stages.grad_gate_up, *arguments))
+
+
+Wait = Callable[[Stages], Stages]
+
+
+def at_once(stages: Stages) -> Stages:
+    """The stages as they are."""
+    return stages
 
 
 class _Grouped(torch.autograd.Function):
@@ -198,27 +231,39 @@ def padded_weight_grad(left_RA: Tensor, right_RB: Tensor, offsets_E: Tensor) -> 
     return torch.bmm(left.transpose(1, 2), right)
 
 
-def grouped_mm(x_ND: Tensor, gates_NK: Tensor, gate_up: Tensor, down: Tensor, plan: Plan, recompute_up: bool) -> Tensor:
+def grouped_mm(
+    x_ND: Tensor, gates_NK: Tensor, gate_up: Tensor, down: Tensor, plan: Plan, recompute_up: bool, wait: Wait = at_once
+) -> Tensor:
     """All experts in one torch grouped matmul a step; on CUDA in bf16 it never waits for the device."""
-    stages = TorchStages(grouped_product, grouped_weight_grad)
+    stages = wait(TorchStages(grouped_product, grouped_weight_grad))
     return _Grouped.apply(x_ND, gates_NK, gate_up, down, plan, stages, recompute_up)
 
 
-def bmm(x_ND: Tensor, gates_NK: Tensor, gate_up: Tensor, down: Tensor, plan: Plan, recompute_up: bool) -> Tensor:
+def bmm(
+    x_ND: Tensor, gates_NK: Tensor, gate_up: Tensor, down: Tensor, plan: Plan, recompute_up: bool, wait: Wait = at_once
+) -> Tensor:
     """Every expert's rows filled up to as many as the busiest has, then batched matmuls: for even loads on CPUs."""
-    stages = TorchStages(padded_product, padded_weight_grad)
+    stages = wait(TorchStages(padded_product, padded_weight_grad))
     return _Grouped.apply(x_ND, gates_NK, gate_up, down, pad_rows(plan), stages, recompute_up)
 
 
-def fused(x_ND: Tensor, gates_NK: Tensor, gate_up: Tensor, down: Tensor, plan: Plan, recompute_up: bool) -> Tensor:
+def fused(
+    x_ND: Tensor, gates_NK: Tensor, gate_up: Tensor, down: Tensor, plan: Plan, recompute_up: bool, wait: Wait = at_once
+) -> Tensor:
     """Torch's grouped matmuls, and one Triton kernel for each step between them."""
     from moe.kernels.stages import FusedStages
 
-    return _Grouped.apply(x_ND, gates_NK, gate_up, down, plan, FusedStages(), recompute_up)
+    return _Grouped.apply(x_ND, gates_NK, gate_up, down, plan, wait(FusedStages()), recompute_up)
 
 
-def triton(x_ND: Tensor, gates_NK: Tensor, gate_up: Tensor, down: Tensor, plan: Plan, recompute_up: bool) -> Tensor:
+def triton(
+    x_ND: Tensor, gates_NK: Tensor, gate_up: Tensor, down: Tensor, plan: Plan, recompute_up: bool, wait: Wait = at_once
+) -> Tensor:
     """Triton kernels for every step, products included."""
     from moe.kernels.stages import TritonStages
 
-    return _Grouped.apply(x_ND, gates_NK, gate_up, down, plan, TritonStages(), recompute_up)
+    return _Grouped.apply(x_ND, gates_NK, gate_up, down, plan, wait(TritonStages()), recompute_up)
+
+
+CAN_WAIT: dict[str, Callable[..., Tensor]] = {"bmm": bmm, "grouped_mm": grouped_mm, "fused": fused, "triton": triton}
+"""The ways that can leave weight gradients for later."""

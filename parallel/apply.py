@@ -6,11 +6,14 @@ from model.feed_forward import FeedForward
 from model.norm import RMSNorm
 from model.transformer import Transformer
 from parallel.experts import split_experts
-from parallel.fsdp import shard
+from parallel.fsdp import cut_shards, shard
 from parallel.layout import Layout, Layouts, whole_layouts
-from parallel.mesh import Axis, Mesh
+from parallel.mesh import Axis, Mesh, PipeliningSettings
+from parallel.pipeline import split_layers
 from parallel.recompute import BudgetSettings, RecomputeSettings, recompute_layers
 from parallel.tensor import split_tensors
+
+ONE_BY_ONE = PipeliningSettings()
 
 
 def parallelize(
@@ -20,6 +23,7 @@ def parallelize(
     compile: bool,
     recompute: RecomputeSettings,
     dtype: torch.dtype = torch.float32,
+    pipelining: PipeliningSettings = ONE_BY_ONE,
 ) -> Layouts:
     """Leave on this rank its part of everything, and say how all of it lies. dtype: of the run's products.
 
@@ -30,10 +34,13 @@ def parallelize(
     split_experts(model, mesh, layouts)
     for name, layout in layouts.items():
         layouts[name] = Layout(layout.shape, layout.dtype, layout.cuts, layout.stage, sums_of(layout, mesh))
+    if mesh.dense is not None:
+        cut_shards(model, mesh.grid, layouts)
+    split_layers(model, mesh, pipelining, layouts)  # from here on only this rank's layers are here
     recompute_layers(model, "full" if isinstance(recompute, BudgetSettings) else recompute)
     if compile:
         compile_layers(model)
-    shard(model, mesh, dtype, layouts)
+    shard(model, mesh, dtype)
     return layouts
 
 

@@ -15,22 +15,19 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from model.block import Block
+from model.transformer import Transformer
 from moe.layer import MoE
 from parallel.layout import Layout
 from parallel.mesh import Axis, Grid, Mesh
+from parallel.pipeline import roots_of
 
 
-def shard(model: nn.Module, mesh: Mesh, dtype: torch.dtype, layouts: dict[str, Layout]) -> None:
-    """Cut every parameter of a model on the meta device; experts among the ranks that hold the same ones.
-
-    dtype: of the run's products. Gradients are summed where they are cut: nothing is left to add up.
-    """
+def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
+    """Cut every parameter of a model on the meta device, as `cut_shards` says. dtype: of the run's products."""
     if mesh.dense is None:
         return
-    cut_shards(model, mesh.grid, layouts)
-    names = expert_names(model)
-    own = [parameter for name, parameter in model.named_parameters() if name in names]
-    apart: dict[str, Any] = {"ignored_params": set(own)} if mesh.experts is None else {}
+    own = {parameter for moe in _moes(model) for parameter in (moe.experts.gate_up, moe.experts.down)}
+    apart: dict[str, Any] = {"ignored_params": own} if mesh.experts is None else {}
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in (module for module in model.modules() if isinstance(module, Block)):
         feed_forward = block.feed_forward
@@ -46,15 +43,19 @@ def shard(model: nn.Module, mesh: Mesh, dtype: torch.dtype, layouts: dict[str, L
             dense = feed_forward.shared if isinstance(feed_forward, MoE) else feed_forward
             _each([block.attention, dense], mesh.dense, low, apart)
         fully_shard(block, mesh=mesh.dense, **apart)
-    fully_shard(model, mesh=mesh.dense, **apart)
-    for module in model.modules():
+    for root in roots_of(model):
+        fully_shard(root, mesh=mesh.dense, **apart)
+    for module in (each for root in roots_of(model) for each in root.modules()):
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
 def cut_shards(model: nn.Module, grid: Grid, layouts: dict[str, Layout]) -> None:
-    """Say of every parameter which part a rank keeps between steps, and that its gradient is summed there."""
+    """Say of every parameter which part a rank keeps between steps, and that its gradient is summed there.
+
+    Experts are cut among the ranks that hold the same ones.
+    """
     names = expert_names(model)
     for name, parameter in model.named_parameters():
         is_expert = name in names

@@ -84,7 +84,7 @@ def forward(
     """
     batch = batch.to(run.device)
     with run.autocast():
-        return model(batch.tokens_BT, batch.positions_BT, mask_of(batch).within(window), facts=_facts(batch))
+        return model(batch.tokens_BT, batch.positions_BT, mask_of(batch).within(window), facts=facts_of(batch))
 
 
 def loss_of(model: Transformer, hidden_BTD: Tensor, batch: Batch, run: Run) -> LossSums:
@@ -95,7 +95,8 @@ def loss_of(model: Transformer, hidden_BTD: Tensor, batch: Batch, run: Run) -> L
         return cross_entropy(hidden_ND, model.head_weight, labels_N, weights_N, chunk, group, model.vocab_size)
 
 
-def _facts(batch: Batch) -> TokenFacts:
+def facts_of(batch: Batch) -> TokenFacts:
+    """What routers are told of a micro-batch."""
     is_real_BT = None if batch.num_real == batch.num_tokens else batch.is_real_BT
     return TokenFacts(batch.tokens_BT, batch.places_BT, batch.keys_B, is_real_BT)
 
@@ -108,15 +109,18 @@ def watch_choices(  # noqa: PLR0917 (what a step has left in hand)
     step: StepPlan,
     run: Run,
 ) -> None:
-    """Let the meter tell how many choices for the first rows of `batch`, which gave `all_stats`, the step changed.
+    """Let the meter tell how many choices for the first rows of `batch`, which gave `all_stats`, the step changed."""
+    few = watched_rows(batch, step)
+    if all_stats and few is not None:
+        routing.watch(all_stats, few.num_tokens, lambda: forward(model, few, run, step.window)[1], run.row_group.sum)
 
-    Whole rows, as some routers choose within a row: one, or more of at most 1024 tokens together, and never more than
-    half the step, so that a step of a single row is not watched.
+
+def watched_rows(batch: Batch, step: StepPlan) -> Batch | None:
+    """Whole rows, as some routers choose within a row: one, or more of at most 1024 tokens together, and never more
+    than half the step, so that a step of a single row is not watched.
     """
     num_rows = min(WATCHED_TOKENS // step.sequence_length, step.num_samples // 4)
-    if all_stats and step.num_samples > 1:
-        few = first_rows(batch, max(1, num_rows))
-        routing.watch(all_stats, few.num_tokens, lambda: forward(model, few, run, step.window)[1], run.row_group.sum)
+    return first_rows(batch, max(1, num_rows)) if step.num_samples > 1 else None
 
 
 def first_rows(batch: Batch, num_rows: int) -> Batch:

@@ -23,6 +23,7 @@ from parallel.sequence import build_row_groups, split_attention
 from parallel.whole import fill, gather
 from parallel.world import World
 from run.config import RunConfig, load_config
+from run.pipeline_step import pipeline_step
 from run.record import StepReport
 from run.start import Run
 
@@ -68,7 +69,9 @@ class Setting:
         self.run = Run(config, Path("runs/none"), CPU, torch.float32, world, group, groups, mesh)
         self.batches = batches_of(self.run.groups)
         self.model = build_model(config.model, self.batches.tokenizer.vocab_size)
-        self.run.layouts = parallelize(self.model, mesh, compile=False, recompute=config.recompute)
+        self.run.layouts = parallelize(
+            self.model, mesh, compile=False, recompute=config.recompute, pipelining=parallel.pipelining
+        )
         fill(self.model, CPU, mesh, self.run.layouts, lambda name, shape: self.first_value(name, shape, seed))
         split_attention(self.model, group)
         self.model.use_rotary(self.plan(0).stage.rotary)
@@ -91,7 +94,8 @@ class Setting:
         return train.split(train.take_step(self.batches, self.plan(number), self.run), self.plan(number), self.run)
 
     def step(self, number: int) -> StepReport:
-        return train.train_step(self.model, self.optimizer, self.microbatches(number), self.plan(number), self.run)
+        step = pipeline_step if self.run.mesh.grid.pipeline > 1 else train.train_step
+        return step(self.model, self.optimizer, self.microbatches(number), self.plan(number), self.run)
 
     def parts(self) -> dict[str, Tensor]:
         """This rank's part of every parameter and buffer."""
