@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 from pydantic import BeforeValidator
 from torch import nn
 
-from model.block import Block, Kind, Offload
+from model.block import Block, Kind
 from settings import Section, nearest
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -61,12 +61,11 @@ Kinds = Kind | Sequence[Kind]
 """Of all layers alike, or of each."""
 
 
-def recompute_layers(model: nn.Module, kinds: Kinds, offload: Offload | None = None) -> None:
-    """Let every layer that is here keep as much as its kind says; offload: where, if not on the device."""
+def recompute_layers(model: nn.Module, kinds: Kinds) -> None:
+    """Let every layer that is here keep as much as its kind says."""
     for name, block in model.named_modules():
         if isinstance(block, Block):
             block.recompute = kind_of(kinds, int(name.rpartition(".")[2]))
-            block.offload = offload
 
 
 def kind_of(kinds: Kinds, layer: int) -> Kind:
