@@ -56,7 +56,8 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     try_layers(model, stages.at(0), run)
     optimizer = build_optimizer(model, config.optimizer, parts_of(model, run.mesh, run.layouts))
     run.open_folder(batches.fingerprint, count(config.model, batches.tokenizer.vocab_size), origin)
-    checkpoints = Checkpoints(run.folder, config.checkpoint, model, optimizer.optimizers, config, run.say)
+    optimizers, layouts, mesh = optimizer.optimizers, run.layouts, run.mesh
+    checkpoints = Checkpoints(run.folder, config.checkpoint, model, optimizers, config, run.say, layouts, mesh)
     state = begin_branch(checkpoints, origin, run) if origin else checkpoints.restore_latest() or {}
     progress = Progress.of(state)
     run.guard.restore(state)
@@ -82,6 +83,7 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
             save(checkpoints, progress, run, examiner)
     if checkpoints.latest_step != progress.step and report is not None:
         save(checkpoints, progress, run, examiner)  # stopped by a signal
+    checkpoints.close()
     recorder.close(progress, is_asked_to_stop=not examiner.stops)
     run.finish()
     examiner.obey()

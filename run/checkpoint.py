@@ -2,41 +2,46 @@
 
 runs/<name>/checkpoints/step_00000100/ holds model.safetensors (parameters and persistent buffers),
 optimizer.safetensors and optimizer.json (its tensors and its numbers), state.json (where the run stood), config.toml
-and manifest.json (run/sealed.py).
+and manifest.json (run/manifest.py). Tensors are whole in them, however ranks share them; several ranks that write do
+so into several files, model-00001-of-00004.safetensors.
 """
 
-import errno
 import json
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
-from parallel.shard import cut_all, gather_all, outline_all
-from run.identity import different
-from run.optimizer_state import check_same, load_state, shards_of, state_of
-from run.sealed import (
-    MANIFEST,
-    Damaged,
-    Manifest,
-    Tensors,
-    clean,
-    read_json,
-    read_tensors,
-    read_text,
-    verify,
-    write_sealed,
+from parallel.layout import Index, Layout, Layouts, local
+from parallel.mesh import Grid, Mesh
+from parallel.world import World
+from run.deal import Held
+from run.keeping import Keeping, folders, newest_good, step_of, verify_steps
+from run.manifest import MANIFEST, Damaged, Manifest, outlines_of, read_json, read_text, ties_of
+from run.optimizer_state import (
+    Wanted,
+    check_same,
+    check_values,
+    load_state,
+    new_options,
+    owner_of,
+    state_of,
+    wanted_state,
 )
+from run.peers import Peers
+from run.sealed import Pick, Tensors, clean, read_tensors, untied
+from run.snapshot import Camera
+from run.tensor_file import outline
+from run.writing import Writing, settle
 from settings import Refusal, Section, to_toml
 
 JSON: TypeAlias = Any
-SLACK_BYTES = 1 << 20  # JSON, headers and the file system's own blocks
 
 
 class CheckpointSettings(Section):
@@ -46,13 +51,28 @@ class CheckpointSettings(Section):
     """Steps from one checkpoint to the next; the end of a run and of a stage are saved as well."""
     keep: int = Field(default=3, ge=1)
     """How many of the newest checkpoints stay on the disk; the end of each stage stays beside them, for branches."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Every so many steps one is saved that stays for good; left out, none but the ends of stages do."""
+    asynchronous: bool = True
+    """The step waits for a copy in memory alone, and files are written while training goes on; at the end of a stage
+    and of the run it waits for them. false: it always does."""
+
+
+class _Content(NamedTuple):
+    """What this rank needs of a checkpoint, in memory."""
+
+    state: dict[str, JSON]
+    weights: Tensors
+    moments: Tensors
+    wanted: Mapping[str, Wanted]
+    numbers: Mapping[str, JSON]
 
 
 class Checkpoints:
-    """Saves and restores one model and its optimizers in one run's folder.
+    """Saves and restores one model and its optimizers in one run's folder, on all of its ranks together.
 
-    A file holds every tensor whole, whatever ranks share it: rank 0 gathers and writes, every rank reads and takes its
-    part. `latest_step` is the step of the newest checkpoint that this object has written or restored, or None.
+    `latest_step` is the step of the newest checkpoint that this object has restored, written or begun to write, or
+    None. All ranks have to call each method but `due`.
     """
 
     def __init__(  # noqa: PLR0917 (six, and no object is missing)
@@ -63,40 +83,78 @@ class Checkpoints:
         optimizers: Sequence[torch.optim.Optimizer],
         config: Section,
         warn: Callable[[str], None],
+        layouts: Layouts | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
+        """layouts, mesh: how the model lies on the ranks; left out, all of it on each of them."""
         self.folder = run_folder / "checkpoints"
-        self.settings, self.model, self.optimizers = settings, model, tuple(optimizers)
-        self.config, self.warn = config, warn
+        self.settings, self.model, self.optimizers, self.config = settings, model, tuple(optimizers), config
+        world = mesh.world if mesh else this_world()
+        self.grid = mesh.grid if mesh else Grid(world.size)
+        self.layouts = layouts if layouts is not None else _whole(model)
+        self.peers = Peers(world)
+        self.keeping = Keeping(self.folder, config, warn, keep=settings.keep, keep_every=settings.keep_every)
         self.latest_step: int | None = None
-        self._verdicts: dict[Path, bool] = {}  # whether a folder is good, once that is known
-        if _is_writer():
+        self._camera = Camera(self.peers, self.layouts, self.grid)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self._step_before: int | None = None
+        settle()
+        if self.peers.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             clean(self.folder)
 
     def due(self, step: int) -> bool:
         """Whether the settings ask for a checkpoint of this step."""
-        return step % self.settings.every_steps == 0
+        return any(every and step % every == 0 for every in (self.settings.every_steps, self.settings.keep_every))
 
     def save(self, step: int, state: Mapping[str, JSON], *, is_stage_end: bool = False) -> Path:
-        """Write the checkpoint of `step` and remove what is older than the newest `keep`; `state` is plain JSON.
+        """Save `step` and remove what is old; `state` is plain JSON. Returns the folder that will be there.
 
-        A step that this object has just written or restored is not written twice. Raises Refusal when the disk is full;
-        the checkpoints that were there before are then still there. The end of a stage is never removed.
+        What is saved is what the model and the optimizers are at the time of the call. It may be written later, by
+        `wait` at the latest; a stage's end is written at once. A step that this object has just written, or restored,
+        is not written twice. Raises Refusal, on all ranks, when the disk is full, for this checkpoint or the one
+        before; the checkpoints that were there before are then still there.
         """
+        self.wait()
         target = self.folder / f"step_{step:08d}"
         if step == self.latest_step:
             return target
-        weights = gather_all(_targets(self.model), shards_of(self.model))
-        moments, optimizer_values = state_of(self.model, self.optimizers)
-        if _is_writer():
-            files = {"model.safetensors": weights, "optimizer.safetensors": moments}
-            facts = {"step": step, "torch": torch.__version__, "is_stage_end": is_stage_end}
-            self._write(target, facts, {"state.json": dict(state), "optimizer.json": optimizer_values}, files)
-            self._prune(target)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        self.latest_step = step
+        facts = {"step": step, "torch": torch.__version__, "is_stage_end": is_stage_end}
+        texts = {"state.json": _json(state), "config.toml": to_toml(self.config)}
+        tensors = _tensors(self.model)
+        parts, tied = untied({name: local(tensor.detach()) for name, tensor in tensors.items()})
+        moments, numbers = state_of(_names(tensors), self.optimizers)
+        files = {"model.safetensors": {name: Held(part, name) for name, part in parts.items()}}
+        shot = self._camera.take({**files, "optimizer.safetensors": moments}, tied)
+        writing = Writing(target, shot, facts, texts, _json(numbers), self.peers, self.keeping)
+        self._writing = writing.start(self._thread)
+        self._step_before, self.latest_step = self.latest_step, step
+        if is_stage_end or not self.settings.asynchronous:
+            self.wait()
         return target
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether what is being written has come to grief here: `wait` says so, and on all ranks."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """Until all that was saved is on the disk; raises Refusal, on all ranks, where it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            try:
+                writing.result()
+            except BaseException:
+                self.latest_step = self._step_before
+                raise
+
+    def close(self) -> None:
+        """The end of saving: wait, and let the thread go."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
 
     def restore_latest(self) -> dict[str, JSON] | None:
         """Load the newest good checkpoint into model and optimizers and return its state; None where there is none.
@@ -105,107 +163,75 @@ class Checkpoints:
         it is taken. Raises Refusal when none is good, when one cannot be read, and, with nothing loaded, when the
         checkpoint is of another model or of another optimizer.
         """
-        found = _newest_good(self.folder, self._read, self._skip)
+        self.wait()
+        names = self.peers.tell([folder.name for folder in folders(self.folder)])[0]
+        candidates = [self.folder / name for name in names]
+        found = newest_good(self.folder, candidates, lambda f: self._read(f, self.keeping.verify), self.keeping.skip)
         if found is None:
             return None
         folder, content = found
-        self._load(folder, content)
-        self.latest_step = _step_of(folder)
-        self._verdicts[folder] = True
+        self._load(content)
+        self.latest_step = step_of(folder)
+        self.keeping.verdicts[folder] = True
         return content.state
 
     def restore(self, folder: Path) -> dict[str, JSON]:
         """Load a checkpoint of another run and return its state; raises Damaged, with nothing loaded, where it is."""
-        content = _read_whole(folder, *_verify_steps(folder))
-        self._load(folder, content)
+        self.wait()
+        content = self._read(folder, verify_steps)
+        self._load(content)
         return content.state
 
-    def _load(self, folder: Path, content: "_Content") -> None:
-        targets, shards = _targets(self.model), shards_of(self.model)
-        check_same(folder.name, "model", content.weights, outline_all(targets, shards))
-        load_state(folder.name, self.model, self.optimizers, content.optimizer_tensors, content.optimizer_values)
-        with torch.no_grad():
-            for name, tensor in cut_all(content.weights, shards).items():
-                targets[name].copy_(tensor)
+    def _read(self, folder: Path, verify: Callable[..., tuple[Manifest, dict[str, JSON]]]) -> "_Content":
+        """This rank's parts of a checkpoint that all ranks verify together, each some of the files."""
+        manifest, state = self.peers.agree(lambda: verify(folder, self.peers.rank, self.peers.size))
+        if len(set(self.peers.tell(manifest["digest"]))) > 1:
+            raise Refusal(f"{folder}: ranks see different files there; runs/ has to be one folder for all of them")
+        return self.peers.agree(lambda: self._read_parts(folder, manifest, state))
 
-    def _write(
-        self, target: Path, facts: Mapping[str, JSON], tables: Mapping[str, JSON], files: Mapping[str, Tensors]
-    ) -> None:
-        texts = {name: json.dumps(table, indent=1, allow_nan=False) for name, table in tables.items()}
-        texts["config.toml"] = to_toml(self.config)
-        needed = sum(tensor.nbytes for named in files.values() for tensor in named.values()) + SLACK_BYTES
-        if needed > shutil.disk_usage(self.folder).free:
-            raise self._disk_full(target, needed)
-        try:
-            write_sealed(target, texts, files, facts)
-        except (OSError, SafetensorError) as error:
-            if not _is_disk_full(error):
-                raise
-            raise self._disk_full(target, needed) from error
+    def _read_parts(self, folder: Path, manifest: Manifest, state: dict[str, JSON]) -> "_Content":
+        here = _tensors(self.model)
+        ours = {name: outline(layout.dtype, layout.shape) for name, layout in self.layouts.items()}
+        ours |= {name: outline(tensor.dtype, self.layouts[name].shape) for name, tensor in here.items()}
+        check_same(folder.name, "model", outlines_of(manifest, "model.safetensors"), ours)
+        check_values(values := read_json(folder, "optimizer.json"))
+        wanted: dict[str, Wanted] = {}
+        moments: Tensors = {}
+        if self.optimizers:
+            names = _names(here)
+            saved = outlines_of(manifest, "optimizer.safetensors")
+            elsewhere = self.layouts.keys() - set(names.values())
+            saved = {key: saved[key] for key in saved if owner_of(key) not in elsewhere}
+            wanted = wanted_state(names, self.optimizers, self.layouts)
+            wanted = {key: want for key, want in wanted.items() if owner_of(key) not in values["untouched"]}
+            check_same(folder.name, "optimizer", saved, {key: want.outline for key, want in wanted.items()})
+            new_options(folder.name, names, self.optimizers, values["numbers"])
+            owners = {key: want.owner for key, want in wanted.items()}
+            moments = read_tensors(folder, "optimizer.safetensors", manifest, self._pick(owners))
+        tied = {kept for alias, kept in ties_of(manifest, "model.safetensors").items() if alias in here}
+        owners = {name: name for name in (*here, *tied)}
+        weights = read_tensors(folder, "model.safetensors", manifest, self._pick(owners))
+        return _Content(state, weights, moments, wanted, values["numbers"])
 
-    def _disk_full(self, target: Path, needed: int) -> Refusal:
-        free = shutil.disk_usage(self.folder).free
-        good = next((folder for folder in _folders(self.folder) if self._is_good(folder)), None)
-        kept = f"the last good checkpoint {good.name} is intact" if good else "there is no earlier checkpoint"
-        return Refusal(
-            f"{target}: the disk is full: a checkpoint needs {_megabytes(needed)}, {_megabytes(free)} are free in"
-            f" {self.folder}; {kept}. Free some space there (or lower checkpoint.keep) and start the same command again"
-        )
+    def _pick(self, owners: Mapping[str, str | None]) -> Pick:
+        """This rank's part of each tensor that is named; owners: what it lies as, None: it is whole."""
 
-    def _prune(self, newest: Path) -> None:
-        """Keep the newest good folders and stage ends; a damaged one goes once a good one as new as itself exists."""
-        self._verdicts[newest] = True
-        folders = _folders(self.folder)
-        good = [folder for folder in folders if self._is_good(folder)]
-        old = [folder for folder in good[self.settings.keep :] if folder != newest]
-        stale = [folder for folder in old if not read_json(folder, MANIFEST).get("is_stage_end")]
-        stale += [f for f in folders if self._is_good(f) is False and _step_of(f) <= _step_of(newest)]
-        for folder in stale:
-            shutil.rmtree(folder, ignore_errors=True)
-            self._verdicts.pop(folder, None)
-
-    def _is_good(self, folder: Path) -> bool | None:
-        """Whether a folder is a good checkpoint of this run; None where it cannot be read."""
-        if folder not in self._verdicts:
-            try:
-                self._verify(folder)
-            except Damaged as damage:
-                self._skip(folder, str(damage))
-            except Refusal:
+        def pick(name: str, shape: torch.Size) -> Index | None:
+            if name not in owners:
                 return None
-            else:
-                self._verdicts[folder] = True
-        return self._verdicts[folder]
+            owner = owners[name]
+            layout = Layout(shape) if owner is None else self.layouts[owner]
+            return layout.index(self.grid, self.peers.rank)
 
-    def _skip(self, folder: Path, reason: str) -> None:
-        self._verdicts[folder] = False
-        self.warn(f"checkpoint {folder.name} is damaged and not used: {reason} ({folder})")
+        return pick
 
-    def _verify(self, folder: Path) -> tuple[Manifest, dict[str, JSON]]:
-        manifest, state = _verify_steps(folder)
-        lines = different(read_text(folder, "config.toml"), self.config)
-        if lines:
-            raise Damaged(f"config.toml is of another configuration: {'; '.join(lines[:5])}")
-        return manifest, state
-
-    def _read(self, folder: Path) -> "_Content":
-        return _read_whole(folder, *self._verify(folder))
-
-
-class _Content(NamedTuple):
-    """A checkpoint in memory."""
-
-    state: dict[str, JSON]
-    weights: Tensors
-    optimizer_tensors: Tensors
-    optimizer_values: dict[str, JSON]
-
-
-def _read_whole(folder: Path, manifest: Manifest, state: dict[str, JSON]) -> _Content:
-    """The content of a folder that is verified."""
-    weights = read_tensors(folder, "model.safetensors", manifest)
-    optimizer_tensors = read_tensors(folder, "optimizer.safetensors", manifest)
-    return _Content(state, weights, optimizer_tensors, read_json(folder, "optimizer.json"))
+    @torch.no_grad()
+    def _load(self, content: "_Content") -> None:
+        here = _tensors(self.model)
+        if self.optimizers:
+            load_state(_names(here), self.optimizers, content.wanted, content.moments, content.numbers)
+        for name, tensor in here.items():
+            local(tensor).copy_(content.weights[name])
 
 
 def read_checkpoint(
@@ -226,8 +252,11 @@ def read_checkpoint(
         except Damaged as damage:
             raise Refusal(f"{path}: this checkpoint is damaged: {damage}; use another one") from None
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = _newest_good(
-        folder, _read_for_evals, lambda bad, why: warn(f"checkpoint {bad.name} is damaged and not used: {why}")
+    found = newest_good(
+        folder,
+        folders(folder),
+        _read_for_evals,
+        lambda bad, why: warn(f"checkpoint {bad.name} is damaged and not used: {why}"),
     )
     if found is None:
         raise Refusal(f"{path}: holds no checkpoint; give a run's folder or one of its checkpoints/step_… folders")
@@ -235,67 +264,33 @@ def read_checkpoint(
 
 
 def _read_for_evals(folder: Path) -> tuple[dict[str, JSON], str, Tensors]:
-    manifest, state = _verify_steps(folder)
+    manifest, state = verify_steps(folder)
     return state, read_text(folder, "config.toml"), read_tensors(folder, "model.safetensors", manifest)
 
 
-def _verify_steps(folder: Path) -> tuple[Manifest, dict[str, JSON]]:
-    """Manifest and state of a verified folder; Damaged when folder, manifest and state do not name the same step."""
-    manifest = verify(folder)
-    state = read_json(folder, "state.json")
-    steps = {MANIFEST: manifest.get("step"), "state.json": state.get("step", manifest.get("step"))}
-    if _is_step(folder):
-        steps["the folder's name"] = _step_of(folder)
-    if len(set(steps.values())) > 1:
-        raise Damaged("it was renamed or mixed: " + ", ".join(f"{where} says step {n}" for where, n in steps.items()))
-    return manifest, state
+def this_world() -> World:
+    """All ranks of this run, of those that are joined."""
+    return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else World()
 
 
-def _newest_good(
-    folder: Path, read: Callable[[Path], Any], skip: Callable[[Path, str], None]
-) -> tuple[Path, Any] | None:
-    reasons = []
-    for candidate in _folders(folder):
-        try:
-            return candidate, read(candidate)
-        except Damaged as damage:
-            skip(candidate, str(damage))
-            reasons.append(f"  {candidate.name}: {damage}")
-    if reasons:
-        raise Refusal(
-            f"{folder}: none of the {len(reasons)} checkpoints is good:\n" + "\n".join(reasons) + "\n"
-            "Put a good copy back; a run of its own starts anew with --fresh"
-        )
-    return None
+def _tensors(model: nn.Module) -> Tensors:
+    """Parameters and persistent buffers themselves, under their plain names; a tied one under each of its names."""
+    named = model.state_dict(keep_vars=True)
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in named.items()}
 
 
-def _targets(model: nn.Module) -> Tensors:
-    """Parameters and persistent buffers as they stand, under their plain names."""
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+def _names(tensors: Mapping[str, Tensor]) -> dict[nn.Parameter, str]:
+    """Each parameter's first name."""
+    names: dict[nn.Parameter, str] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.Parameter):
+            names.setdefault(tensor, name)
+    return names
 
 
-def _folders(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, newest first."""
-    return sorted((path for path in folder.glob("step_*") if _is_step(path)), key=_step_of, reverse=True)
+def _whole(model: nn.Module) -> Layouts:
+    return {name: Layout(tensor.shape, tensor.dtype) for name, tensor in _tensors(model).items()}
 
 
-def _is_step(folder: Path) -> bool:
-    return folder.is_dir() and folder.name.startswith("step_") and folder.name.removeprefix("step_").isdecimal()
-
-
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
-
-
-def _is_writer() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def _is_disk_full(error: Exception) -> bool:
-    codes = (errno.ENOSPC, errno.EDQUOT)
-    # safetensors writes in Rust and hands the number over in its text alone.
-    return getattr(error, "errno", None) in codes or any(f"os error {code}" in str(error) for code in codes)
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"
+def _json(table: Mapping[str, JSON]) -> str:
+    return json.dumps(dict(table), indent=1, allow_nan=False)

@@ -1,33 +1,29 @@
 """A folder of files under one manifest: written beside and renamed, and read back only when every byte is as written.
 
-A manifest holds the size and the SHA-256 of every file, the dtype and the shape of every tensor, and a digest of
-itself. Tensors are in safetensors and everything else is JSON or TOML, so that reading a folder cannot run code that
-somebody put there.
+A manifest (run/manifest.py) holds the size and the SHA-256 of every file, the dtype and the shape of every tensor, a
+fingerprint of every expert, and a digest of itself. Tensors are in safetensors and everything else is JSON or TOML, so
+that reading a folder cannot run code that somebody put there.
 """
 
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
-from settings import Refusal
+from parallel.layout import Index
+from run.fingerprint import OtherExpert, check_experts
+from run.manifest import MANIFEST, Damaged, Manifest, manifest_text, read_manifest, reading, tensor_files
+from run.tensor_file import NoTensorFile, TensorFile, WrittenFile, outline_of, write_tensor_file
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-Manifest = dict[str, Any]
-Tensors = dict[str, torch.Tensor]
-
-
-class Damaged(Exception):
-    """A file of a sealed folder is not what was written; the message names the file and the difference."""
+Tensors = dict[str, Tensor]
+Pick = Callable[[str, torch.Size], Index | None]
+"""What of a tensor is wanted, by its name and shape; None: nothing."""
 
 
 def write_sealed(
@@ -38,28 +34,51 @@ def write_sealed(
     texts: file name -> content; tensors: file name -> named tensors, which may be tied or on any device; facts go into
     the manifest as they are. A folder that stood at `target` is replaced. On any error the partial folder is removed.
     """
-    partial = target.with_name(f".partial_{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = begin(target)
     try:
-        partial.mkdir(parents=True)
-        manifest: Manifest = {"format": FORMAT, **facts, "files": {}, "tensors": {}, "tied": {}}
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
+        written = [write_text(partial, name, text) for name, text in texts.items()]
         for name, named in tensors.items():
-            kept, manifest["tied"][name] = _whole(named)
-            save_file(kept, partial / name)
-            manifest["tensors"][name] = {key: _shape_of(tensor) for key, tensor in kept.items()}
-        for name in (*texts, *tensors):
-            _to_disk(partial / name)
-            manifest["files"][name] = {"bytes": (partial / name).stat().st_size, "sha256": sha256(partial / name)}
-        manifest["digest"] = _digest(manifest)
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _to_disk(partial / MANIFEST)
-        _to_disk(partial)
-        _swap(partial, target)
+            kept, tied = untied(named)
+            whole = ((key, tensor.detach().cpu()) for key, tensor in kept.items())
+            outlines = {key: outline_of(tensor) for key, tensor in kept.items()}
+            written.append(replace(write_tensor_file(partial / name, outlines, whole), tied=tied))
+        seal(partial, target, written, facts)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def begin(target: Path) -> Path:
+    """The partial folder beside `target`, made anew."""
+    partial = target.with_name(f".partial_{target.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def write_text(partial: Path, name: str, text: str) -> WrittenFile:
+    """Write one text file and flush it to the disk."""
+    content = text.encode()
+    with (partial / name).open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return WrittenFile(name, len(content), hashlib.sha256(content).hexdigest())
+
+
+def seal(partial: Path, target: Path, written: Sequence[WrittenFile], facts: Mapping[str, Any]) -> None:
+    """Put what was written under a manifest and the folder in its place; raises OSError where a file is not there."""
+    for file in written:
+        if (partial / file.name).stat().st_size != file.bytes:
+            raise OSError(f"{partial / file.name} is not as long as what was written")
+    write_text(partial, MANIFEST, manifest_text(written, facts))
+    _to_disk(partial)
+    replaced = target.with_name(f".replaced_{target.name}")
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    _to_disk(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def clean(folder: Path) -> None:
@@ -74,93 +93,67 @@ def clean(folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def verify(folder: Path) -> Manifest:
+def verify(folder: Path, rank: int = 0, size: int = 1) -> Manifest:
     """The manifest of a folder whose every file is as it was written; raises Damaged naming the first that is not.
 
+    rank, size: of so many ranks that verify together this one takes its share of the files; all of them have to agree.
     Only a missing file and a wrong content are damage. Raises Refusal when a file cannot be read at all: that says
     nothing about what is in it.
     """
-    manifest = _read_manifest(folder)
-    for name, facts in manifest["files"].items():
-        path = folder / name
-        with _reading(path):
-            size = path.stat().st_size
-            digest = sha256(path) if size == facts["bytes"] else ""
-        if size != facts["bytes"]:
-            raise Damaged(f"{name} holds {size} bytes, the manifest says {facts['bytes']}")
+    manifest = read_manifest(folder)
+    files = manifest["files"]
+    for name in sorted(files, key=lambda name: (-files[name]["bytes"], name))[rank::size]:
+        facts, path = files[name], folder / name
+        with reading(path):
+            size_found = path.stat().st_size
+            digest = sha256(path) if size_found == facts["bytes"] else ""
+        if size_found != facts["bytes"]:
+            raise Damaged(f"{name} holds {size_found} bytes, the manifest says {facts['bytes']}")
         if digest != facts["sha256"]:
             raise Damaged(f"{name} has SHA-256 {digest[:16]}…, the manifest says {facts['sha256'][:16]}…")
     return manifest
 
 
-def read_tensors(folder: Path, name: str, manifest: Manifest) -> Tensors:
-    """The tensors of one file, on the CPU, tied ones under each of their names.
+def read_tensors(folder: Path, name: str, manifest: Manifest, pick: Pick | None = None) -> Tensors:
+    """The tensors of one file, or of the files that it was cut into, on the CPU, tied ones under each of their names.
 
-    Raises Damaged when it is not safetensors, or when they are not the tensors of the manifest.
+    pick: what is wanted of each; left out, everything. Raises Damaged when a file is not safetensors, when it does not
+    hold the tensors of the manifest, and when an expert among those read is not the one that was saved.
     """
-    try:
-        with _reading(folder / name), safe_open(folder / name, framework="pt", device="cpu") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise Damaged(f"{name} is not a safetensors file: {error}") from None
-    found, promised = {key: _shape_of(tensor) for key, tensor in tensors.items()}, manifest["tensors"][name]
-    if found != promised:
-        different = sorted(key for key in {*found, *promised} if found.get(key) != promised.get(key))
-        raise Damaged(f"{name} does not hold the tensors of the manifest: {', '.join(different[:5])}")
-    return tensors | {name: tensors[kept] for name, kept in manifest["tied"][name].items()}
+    tensors: Tensors = {}
+    for file_name in tensor_files(manifest, name):
+        promised, path = manifest["tensors"][file_name], folder / file_name
+        prints = manifest.get("experts", {}).get(file_name, {})
+        try:
+            with reading(path), TensorFile(path) as file:
+                if file.outlines != promised:
+                    others = sorted(k for k in {*file.outlines, *promised} if file.outlines.get(k) != promised.get(k))
+                    raise Damaged(f"{file_name} does not hold the tensors of the manifest: {', '.join(others[:5])}")
+                for key, facts in promised.items():
+                    index = pick(key, torch.Size(facts["shape"])) if pick else (slice(None),) * len(facts["shape"])
+                    if index is not None:
+                        tensors[key] = _read_part(file, key, index, prints.get(key))
+        except (NoTensorFile, OtherExpert) as error:
+            raise Damaged(str(error)) from None
+        for alias, kept in manifest["tied"].get(file_name, {}).items():
+            if kept in tensors:
+                tensors[alias] = tensors[kept]
+    return tensors
 
 
-def read_text(folder: Path, name: str) -> str:
-    """One text file of a verified folder."""
-    try:
-        with _reading(folder / name):
-            return (folder / name).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise Damaged(f"{name} cannot be read: {error}") from None
+def _read_part(file: TensorFile, name: str, index: Index, prints: Sequence[str] | None) -> Tensor:
+    """A part of a tensor; of experts, every one that the part has something of is read whole and compared."""
+    if prints is None or not index:
+        return file.part(name, index)
+    which = index[0] if isinstance(index[0], slice) else slice(None)
+    experts = file.part(name, (which, *(slice(None) for _ in index[1:])))
+    check_experts(name, experts, which.start or 0, prints)
+    if which == slice(None) and len(prints) != len(experts):
+        raise OtherExpert(f"{name}: holds {len(experts)} experts, {len(prints)} were saved")
+    return experts[(slice(None) if index[0] is which else index[0], *index[1:])]
 
 
-def read_json(folder: Path, name: str) -> Any:
-    """One JSON file of a verified folder."""
-    try:
-        return json.loads(read_text(folder, name))
-    except ValueError as error:
-        if isinstance(error, Refusal):
-            raise
-        raise Damaged(f"{name} cannot be read: {error}") from None
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    manifest = read_json(folder, MANIFEST)
-    if not isinstance(manifest, dict) or "digest" not in manifest:
-        raise Damaged(f"{MANIFEST} is not a manifest")
-    if manifest["digest"] != (digest := _digest(manifest)):
-        raise Damaged(f"{MANIFEST} has digest {digest[:16]}…, it says {str(manifest['digest'])[:16]}…")
-    if manifest["format"] != FORMAT:
-        raise Damaged(f"{MANIFEST} has format {manifest['format']}, this version reads {FORMAT}")
-    return manifest
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Tell what is damage (the file is gone) from what says nothing about the file (the machine cannot read it)."""
-    try:
-        yield
-    except (FileNotFoundError, IsADirectoryError):
-        raise Damaged(f"{path.name} is missing") from None
-    except OSError as error:
-        raise Refusal(
-            f"{path}: cannot be read: {error.strerror or error}; nothing was loaded and nothing removed. Mend that and "
-            f"start the same command again, or move {path.parent.name} away to go on from the checkpoint before it"
-        ) from None
-
-
-def _whole(tensors: Mapping[str, torch.Tensor]) -> tuple[Tensors, dict[str, str]]:
+def untied(tensors: Mapping[str, Tensor]) -> tuple[Tensors, dict[str, str]]:
     """Tensors as a file can hold them, and which names stand for another's memory (tied weights): name -> name kept."""
     kept: Tensors = {}
     tied: dict[str, str] = {}
@@ -171,20 +164,14 @@ def _whole(tensors: Mapping[str, torch.Tensor]) -> tuple[Tensors, dict[str, str]
             tied[name] = first_at[place]
             continue
         first_at[place] = name
-        tensor = tensor.detach().cpu().contiguous()
-        # A view of a larger storage would drag its neighbours along, and safetensors refuses shared memory.
-        owns_storage = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-        kept[name] = tensor if owns_storage else tensor.clone()
+        kept[name] = tensor
     return kept, tied
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
-    body = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _shape_of(tensor: torch.Tensor) -> dict[str, Any]:
-    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _to_disk(path: Path) -> None:
@@ -193,12 +180,3 @@ def _to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _swap(partial: Path, target: Path) -> None:
-    replaced = target.with_name(f".replaced_{target.name}")
-    if target.exists():
-        target.rename(replaced)
-    partial.rename(target)
-    _to_disk(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)

@@ -31,6 +31,7 @@ from run.environment import environment
 from run.folder import RUNS, choose_name, describe, hold, let_go, refuse_other_run
 from run.guard import Guard
 from run.watchdog import Watchdog
+from run.writing import settle
 from settings import Refusal
 
 NAMELESS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
@@ -213,6 +214,7 @@ def leave(status: int) -> NoReturn:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         sys.exit(status)
+    settle()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

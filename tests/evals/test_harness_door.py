@@ -56,7 +56,9 @@ def run(tmp_path):
     config = load_config(tmp_path / "tiny.toml", [])
     model = build_model(config.model, 257)
     initialize(model, 3, "cpu")
-    Checkpoints(tmp_path / "run", config.checkpoint, model, [], config, print).save(4, {"step": 4, "tokens": 1024})
+    checkpoints = Checkpoints(tmp_path / "run", config.checkpoint, model, [], config, print)
+    checkpoints.save(4, {"step": 4, "tokens": 1024})
+    checkpoints.close()
     return tmp_path / "run"
 
 

@@ -69,6 +69,7 @@ def run_folder(tmp_path_factory):
     checkpoints = Checkpoints(folder / "run", config.checkpoint, model, [], config, print)
     for step in (2, 3):
         checkpoints.save(step, {"step": step, "tokens": 256 * step})
+    checkpoints.close()
     return folder / "run"
 
 

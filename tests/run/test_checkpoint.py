@@ -4,17 +4,20 @@ import errno
 import json
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-import run.checkpoint
+import run.manifest
 import run.sealed
+import run.snapshot
+import run.writing
 from run.checkpoint import Checkpoints, CheckpointSettings, read_checkpoint
-from run.sealed import Damaged
+from run.manifest import Damaged
+from run.tensor_file import WrittenFile, write_tensor_file
 from settings import Refusal, Section, to_toml
 
 FILES = ("model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json", "config.toml", "manifest.json")
@@ -92,7 +95,7 @@ def open_in(
     folder: Path, model: nn.Module, optimizers: Optimizers, keep: int = 3, config: Config = ORIGINAL
 ) -> tuple[Checkpoints, list[str]]:
     warnings: list[str] = []
-    settings = CheckpointSettings(keep=keep)
+    settings = CheckpointSettings(keep=keep, asynchronous=False)
     return Checkpoints(folder, settings, model, optimizers, config, warnings.append), warnings
 
 
@@ -288,7 +291,7 @@ def test_a_file_that_cannot_be_read_is_no_damage(tmp_path: Path, monkeypatch: py
             checkpoints.restore_latest()
         with pytest.raises(Refusal, match="not now"):
             read_checkpoint(tmp_path)
-        checkpoints._prune(paths[-1])
+        checkpoints.keeping.prune(paths[-1])
     assert all(path.is_dir() for path in paths) and not warnings
     assert checkpoints.restore_latest() == {"steps": 3}
 
@@ -325,6 +328,19 @@ def test_another_optimizers_state_is_refused_and_nothing_is_loaded(tmp_path: Pat
     assert not any(optimizer.state for optimizer in optimizers)
 
 
+def break_writing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Let the optimizer's file come to grief halfway."""
+
+    def writing(path: Path, outlines: dict, tensors: Iterator[tuple[str, torch.Tensor]]) -> WrittenFile:
+        if path.name != "optimizer.safetensors":
+            return write_tensor_file(path, outlines, tensors)
+        next(tensors, None)
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(run.snapshot, "write_tensor_file", writing)
+
+
 class Hostile:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -345,7 +361,7 @@ def test_a_pickle_is_refused_and_never_executed(tmp_path: Path, forged: bool, to
     if forged:  # the manifest agrees with the file: the reader itself must refuse it
         manifest = json.loads((path / "manifest.json").read_text())
         manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": run.sealed.sha256(file)}
-        manifest["digest"] = run.sealed._digest(manifest)
+        manifest["digest"] = run.manifest.digest_of(manifest)
         (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(Refusal, match=r"model\.safetensors"):
         open_in(tmp_path, *build())[0].restore_latest()
@@ -356,22 +372,13 @@ def test_a_pickle_is_refused_and_never_executed(tmp_path: Path, forged: bool, to
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("rust", [False, True])
 def test_a_full_disk_leaves_the_last_good_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, rust: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     model, optimizers = build()
     checkpoints, _ = open_in(tmp_path, model, optimizers)
     checkpoints.save(1, {"steps": 1})
-    real = run.sealed.save_file
-
-    def writer(tensors: dict, path: Path) -> None:
-        if path.name == "optimizer.safetensors":
-            path.write_bytes(b"half")
-            raise run.sealed.SafetensorError(f"I/O error: full (os error {code})") if rust else OSError(code, "full")
-        real(tensors, path)
-
-    monkeypatch.setattr(run.sealed, "save_file", writer)
+    break_writing(monkeypatch, OSError(code, "full"))
     with pytest.raises(Refusal) as refused:
         checkpoints.save(2, {"steps": 2})
     message = str(refused.value)
@@ -386,19 +393,19 @@ def test_too_little_free_space_is_refused_before_anything_is_written(
 ) -> None:
     checkpoints, _ = open_in(tmp_path, *build())
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(run.checkpoint.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(run.writing.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(Refusal, match="no earlier checkpoint"):
         checkpoints.save(1, {})
     assert not list(checkpoints.folder.iterdir())
 
 
 def test_another_failure_of_a_save_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def writer(tensors: dict, path: Path) -> None:
-        raise OSError(errno.EIO, "the disk is dying")
-
     checkpoints, _ = open_in(tmp_path, *build())
-    monkeypatch.setattr(run.sealed, "save_file", writer)
-    with pytest.raises(OSError, match="dying"):
+    break_writing(monkeypatch, OSError(errno.EIO, "the disk is dying"))
+    with pytest.raises(Refusal, match="dying"):
+        checkpoints.save(1, {})
+    break_writing(monkeypatch, TypeError("our own fault"))
+    with pytest.raises(RuntimeError, match="our own fault"):
         checkpoints.save(1, {})
     assert not list(checkpoints.folder.iterdir())
 

@@ -250,7 +250,8 @@ def test_a_checkpoint_of_an_older_version_is_restored(tmp_path: Path) -> None:
         warnings: list[str] = []
         model = nn.Linear(2, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        return Checkpoints(tmp_path, CheckpointSettings(), model, [optimizer], config, warnings.append), warnings
+        settings = CheckpointSettings(asynchronous=False)
+        return Checkpoints(tmp_path, settings, model, [optimizer], config, warnings.append), warnings
 
     opened(Older())[0].save(1, {"step": 1})
     checkpoints, warnings = opened(Newer())

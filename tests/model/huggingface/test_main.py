@@ -39,6 +39,7 @@ def run(tmp_path_factory):
     checkpoints = Checkpoints(folder / "run", config.checkpoint, model, [], config, print)
     for step in (8, 12):
         checkpoints.save(step, {"step": step, "tokens": 512 * step})
+    checkpoints.close()
     return folder / "run"
 
 
