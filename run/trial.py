@@ -11,15 +11,15 @@ import torch
 from context.step_plan import StepPlan
 from data.batches import Batches
 from model.kept import Numbers
-from model.memory import states
 from model.transformer import Transformer
 from optim.groups import Optimizer
+from parallel.recompute import KINDS
 from parallel.sequence import split_attention
 from run.config import rows_of_step
 from run.demand import demand_of
 from run.entry import take_shape
 from run.microbatches import forward, loss_of, split
-from run.needs import gigabytes, needs_of
+from run.needs import gigabytes, kind_of, needs_of
 from run.start import Run
 from settings import Refusal
 
@@ -78,7 +78,8 @@ def beside_the_rest(model: Transformer, optimizer: Optimizer, run: Run, step: St
     was_training, config = model.training, run.config
     has_earlier = step.num_samples > _num_rows(run, step) * run.num_groups(step.stage)
     has_moments = any(inner.state for inner in optimizer.optimizers)
-    _, moments = states(config.model, model.vocab_size, config.optimizer.kind, config.parallel.expert)
+    numbers = Numbers(run.dtype.itemsize, run.device.type)
+    moments = needs_of(config, model.vocab_size, step, run.world.size, numbers).moments
     try:
         model.train()
         taken = torch.empty(0 if has_moments else moments, dtype=torch.uint8, device=run.device)
@@ -110,7 +111,8 @@ def refusing_without_memory(model: Transformer, run: Run, step: StepPlan) -> Ite
 
 def _ways_out(model: Transformer, run: Run, step: StepPlan) -> list[str]:
     size = run.config.row_ranks(step.stage)
-    ways = [] if run.config.recompute else ["recompute=true"]
+    now = kind_of(run.config)
+    ways = [f"recompute={kind}" for kind in KINDS[KINDS.index(now) + 1 :]]
     ways += [f"tokens_per_microbatch={tokens}" for tokens in islice(_smaller(model, run, step), 1)]
     return [*ways, f"context.stages.{step.stage.index}.context={2 * size} on {2 * size} ranks or more"]
 

@@ -108,7 +108,9 @@ def test_what_sharding_sends_by_hand() -> None:
     D, F, C, H, G = 32, 96, 8, 4, 2
     layer = D * (H + 2 * G) * C + H * C * D + 3 * D * F
     sent = 3 / 4 * (4 * layer * (2 * 2 + 4) + 2 * D * V * (4 + 4))
-    assert part(step_time(job, device_of()), "shard").sent == pytest.approx(3 * sent)
+    links = Links(Link(1e9, 0.0), FREE, 4)
+    plain = part(step_time(job, device_of(links)), "shard")
+    assert plain.sent == pytest.approx(3 * sent) and plain.seconds == pytest.approx(3 * sent / 1e9)
     once = step_time(job, device_of(), replace(OURS, reshards=False))
     assert part(once, "shard").sent == pytest.approx(3 * (sent - 3 / 4 * 4 * layer * 2))
 
@@ -155,6 +157,15 @@ def test_tokens_travel_to_experts_and_home_both_ways() -> None:
     assert by_node.seconds < sent.seconds, "fewer copies cross"
     fewer = part(step_time(replace(plain, grid=Grid(size=8, expert=4)), device_of(links)), "expert")
     assert fewer.seconds < sent.seconds / 4, "inside a node"
+
+
+def test_ranks_that_share_experts_have_as_much_to_multiply_at_even_load() -> None:
+    shares = device_of(shares=replace(EVERYTHING, side=0.0))
+    alone, shared = (step_time(job_of("experts", grid=Grid(size=e, expert=e)), shares) for e in (1, 8))
+    assert part(shared, "experts").seconds == pytest.approx(part(alone, "experts").seconds)
+    edges = device_of()
+    alone, shared = (step_time(job_of("experts", grid=Grid(size=e, expert=e)), edges) for e in (1, 8))
+    assert part(shared, "experts").seconds < part(alone, "experts").seconds, "fewer experts with more rows each"
 
 
 def test_what_is_computed_again_and_what_is_counted_beforehand() -> None:
