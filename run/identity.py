@@ -13,7 +13,7 @@ from settings import AnySection, Refusal, Section, Table, differences, validate
 
 MAY_CHANGE = (
     *("name", "device", "log", "checkpoint", "profile", "threads", "parallel", "trial"),
-    *("recompute", "offload"),
+    *("recompute", "offload", "watchdog"),
 )
 """The keys under which a run may continue with other values; its folder may be renamed and copied."""
 MAY_CHANGE_INSIDE = (

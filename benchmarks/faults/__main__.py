@@ -8,12 +8,11 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 
-from benchmarks.faults import arithmetic, cases
+from benchmarks.faults import arithmetic, cases, nodes
 from benchmarks.faults.bench import LAYOUTS, Bench, NotTried, Outcome
 from benchmarks.faults.disk import LIMITS, disk_full
 from benchmarks.faults.kills import outcome_of
@@ -21,7 +20,7 @@ from benchmarks.faults.lives import warm_up
 from benchmarks.faults.table import markdown
 from benchmarks.record import keep
 
-Case = Callable[[], Outcome]
+Case = partial[Outcome]
 SMALL_KILLS, KILLS = 12, 200
 
 
@@ -43,6 +42,7 @@ def single_faults(bench: Bench, ranks: list[int], *, small: bool) -> list[Case]:
     some += [partial(disk_full, bench, size, "in the middle of a save") for size in several]
     some += [partial(cases.other_code, bench, 1)]
     some += [partial(cases.stopped_torchrun, bench, size) for size in several]
+    some += [partial(case, bench) for case in (nodes.lost_rank_of_a_node, nodes.lost_node) if several]
     return some + [partial(cases.lost_rank, bench, size, restarts) for restarts in (0, 3) for size in several]
 
 
@@ -61,7 +61,7 @@ def campaign(todo: list[Case]) -> list[Outcome]:
         try:
             outcome = case()
         except NotTried as lacking:
-            outcome = Outcome(str(case.func.__name__), 1, 0, f"not tried: this machine lacks {lacking}")  # type: ignore[attr-defined]
+            outcome = Outcome(_name(case), 1, 0, f"not tried: this machine lacks {lacking}")
         outcome.seconds = time.monotonic() - begin
         outcomes.append(outcome)
         verdict = "ok" if outcome.is_good else "FAILED"
@@ -71,6 +71,10 @@ def campaign(todo: list[Case]) -> list[Outcome]:
         for problem in outcome.problems[:5]:
             print(f"  {problem}", flush=True)
     return outcomes
+
+
+def _name(case: Case) -> str:
+    return case.func.__name__
 
 
 def main() -> int:
@@ -89,7 +93,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="faults_") as folder:
         bench = Bench(Path(folder), arguments.seed)
         singles = single_faults(bench, ranks, small=arguments.small)
-        singles = [case for case in singles if arguments.only in case.func.__name__]  # type: ignore[attr-defined]
+        singles = [case for case in singles if arguments.only in _name(case)]
         outcomes = campaign(kills(bench, ranks, count) + singles)
     print(markdown(outcomes))
     if arguments.keep:

@@ -16,7 +16,11 @@ EVERY_STEPS, STAGE_ENDS = 3, [12, 20]
 HALF = 16
 """The step after which a run is killed that is half done, once its evaluation stands there: step 15 is the newest
 checkpoint, step 12 the one before."""
-LAYOUTS: dict[int, list[tuple[str, ...]]] = {1: [()], 2: [("parallel.expert=2",)], 4: [("parallel.expert=2",)]}
+LAYOUTS: dict[int, list[tuple[str, ...]]] = {
+    1: [()],
+    2: [("parallel.expert=2",), ("parallel.shard=2",)],
+    4: [("parallel.shard=4", "parallel.expert=2"), ("parallel.shard=2", "parallel.tensor=2")],
+}
 """How runs lie on so many ranks: the first is what single faults are tried on, kills take each in turn."""
 
 
@@ -65,9 +69,9 @@ class Bench:
         return EVERY_STEPS
 
     @contextmanager
-    def fresh(self, ranks: int) -> Iterator[Start]:
+    def fresh(self, ranks: int, layout: Sequence[str] | None = None) -> Iterator[Start]:
         """A run that is not begun, in a folder that is gone afterwards."""
-        whole, _ = self.whole(ranks)
+        whole, _ = self.whole(ranks, layout)
         self._count += 1
         with place(self.above, f"try_{self._count}") as folder:
             yield whole.at(folder)

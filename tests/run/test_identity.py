@@ -230,6 +230,7 @@ def test_where_a_run_is_computed_and_how_it_is_watched_may_change(tmp_path: Path
         "trial=false",
         "recompute=full",
         "offload=true",
+        "watchdog.seconds=60",
     )
     assert {override.partition("=")[0].partition(".")[0] for override in free} == set(MAY_CHANGE)
     assert different(recorded(), written(tmp_path, BIAS[0], *free)) == []
