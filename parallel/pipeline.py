@@ -33,10 +33,17 @@ def stage_of(name: str, ranks: int, parts: int, num_layers: int) -> int:
     return part % ranks
 
 
-def check_pipeline(settings: ParallelSettings, model: ModelSettings, *, compile: bool = False) -> None:
+def check_pipeline(
+    settings: ParallelSettings, model: ModelSettings, tokens_per_microbatch: int | None, *, compile: bool
+) -> None:
     """Raise ValueError where this model cannot be cut into so many parts, or not be passed through as is wanted."""
     if settings.pipeline == 1:
         return
+    if tokens_per_microbatch is None:
+        raise ValueError(
+            f"parallel.pipeline={settings.pipeline} passes a step on in {settings.pipeline} micro-batches or more, and"
+            " tokens_per_microbatch is left out, which makes one; set tokens_per_microbatch"
+        )
     if compile and settings.pipelining.schedule == "zero_bubble":
         raise ValueError(
             "compile=true makes the gradients of inputs and weights in one, and"
@@ -53,40 +60,50 @@ def check_pipeline(settings: ParallelSettings, model: ModelSettings, *, compile:
         )
     if parts > layers:
         told = f" with parallel.pipelining.parts_per_rank={per_rank}" if per_rank > 1 else ""
-        ways = [f"parallel.pipeline={layers // per_rank}"] if layers >= 2 * per_rank else []
-        ways += [f"parallel.pipelining.parts_per_rank={layers // settings.pipeline}"] if per_rank > 1 else []
-        ways += [f"model.num_layers={parts}"]
+        ways = {
+            "parallel.pipeline": layers // per_rank,
+            "parallel.pipelining.parts_per_rank": layers // settings.pipeline if per_rank > 1 else 0,
+            "model.num_layers": parts,
+        }
         raise ValueError(
             f"parallel.pipeline={settings.pipeline}{told} makes {parts} parts of model.num_layers={layers}, and each"
-            f" needs a layer; try {' or '.join(way for way in ways if not way.endswith('=0'))}"
+            f" needs a layer; try {' or '.join(f'{key}={value}' for key, value in ways.items() if value)}"
         )
 
 
-def check_microbatches(settings: ParallelSettings, num_microbatches: int, tokens: int, key: str) -> None:
-    """Raise Refusal where the schedule cannot do with so many micro-batches of a step on each rank.
+def check_microbatches(
+    settings: ParallelSettings, num_microbatches: int, num_rows: int, sequence_length: int, key: str
+) -> None:
+    """Raise Refusal where the schedule cannot do with so many micro-batches of a step.
 
-    tokens: of a step on each rank, or group of ranks that hold rows together. key: of the tokens of a step.
+    num_rows: of the step; both on each rank, or group of ranks that hold rows together. key: of the tokens of a step.
     """
+    why = _why_not(settings, num_microbatches)
+    if why is None:
+        return
+    fits = [count for count in divisors(num_rows) if _why_not(settings, count) is None]
+    near = min(fits, key=lambda count: (abs(count - num_microbatches), count), default=None)
+    way = (
+        f"tokens_per_microbatch={num_rows // near * sequence_length}, which makes {near}, or another {key}"
+        if near
+        else f"{key} of {settings.pipeline} rows of {sequence_length} tokens, or more, on each"
+    )
+    raise Refusal(
+        f"parallel.pipeline={settings.pipeline}: {key} comes in {num_microbatches} micro-batches on each rank, and"
+        f" {why}; try {way}"
+    )
+
+
+def _why_not(settings: ParallelSettings, num_microbatches: int) -> str | None:
     ranks, schedule = settings.pipeline, settings.pipelining.schedule
     if ranks == 1:
-        return
+        return None
     if num_microbatches < ranks:
-        fewest, why = ranks, f"a pipeline of {ranks} ranks needs {ranks} or more"
-    elif schedule != "1f1b" and num_microbatches % (num_microbatches // ranks):
-        # Rounds of as many micro-batches as there are ranks, or a few more; all rounds of the same size.
-        fewest = max(count for count in range(ranks, num_microbatches) if count % (count // ranks) == 0)
-        rounds = num_microbatches // ranks
-        why = f'parallel.pipelining.schedule="{schedule}" takes them in {rounds} rounds of the same size'
-    else:
-        return
-    fits = [
-        count for count in divisors(tokens) if count >= ranks and (schedule == "1f1b" or count % (count // ranks) == 0)
-    ]
-    near = min(fits, key=lambda count: (abs(count - fewest), count), default=fewest)
-    raise Refusal(
-        f"parallel.pipeline={ranks}: {key} comes in {num_microbatches} micro-batches on each rank, and {why}; try"
-        f" tokens_per_microbatch={max(tokens // near, 1)}, which makes {near}, or another {key}"
-    )
+        return f"a pipeline of {ranks} ranks needs {ranks} or more"
+    rounds = num_microbatches // ranks
+    if schedule != "1f1b" and num_microbatches % rounds:
+        return f'parallel.pipelining.schedule="{schedule}" takes them in {rounds} rounds of the same size'
+    return None
 
 
 def split_layers(model: Transformer, mesh: Mesh, settings: PipeliningSettings, layouts: dict[str, Layout]) -> None:

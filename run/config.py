@@ -20,6 +20,7 @@ from optim.groups import OptimizerSettings
 from optim.schedule import check_schedule, learning_rate
 from parallel.experts import check_experts
 from parallel.mesh import ParallelSettings
+from parallel.pipeline import check_pipeline
 from parallel.recompute import RecomputeSettings
 from parallel.sequence import check_context
 from parallel.tensor import check_rows, check_tensor
@@ -158,6 +159,7 @@ class RunConfig(Section):
                 raise ValueError(f"{key}={size} is above {MOST_RANKS}, the most ranks that can hold a row together")
             check_context(self.parallel.model_copy(update={"context": size}), self.model, key)
         check_tensor(self.parallel, self.model)
+        check_pipeline(self.parallel, self.model, self.tokens_per_microbatch, compile=self.compile)
         for step in self.stages.first_steps():
             check_rows(self.parallel, step.sequence_length, self.row_ranks(step.stage), step.length_key)
         return self

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from attention.mask import Mask
 from context.stages import Stage
+from context.step_plan import StepPlan
 from data.batches import Batch
 from model.transformer import Transformer
 from moe.routing import RoutingStats, TokenFacts
+from parallel.pipeline import check_microbatches
 from parallel.pipeline_part import Part
 from parallel.pipeline_schedule import Pipeline, visiting
 from parallel.rows import mask_of
+from run.config import RunConfig, rows_of_step
 from run.microbatches import facts_of, loss_of
 from run.start import Run
 
@@ -21,6 +24,19 @@ def pipeline_of(model: Transformer) -> Pipeline:
     """What `parallel.pipeline.split_layers` left at the model."""
     assert isinstance(model.pipeline, Pipeline), "only where ranks hold the layers one after another"
     return model.pipeline
+
+
+def check_step(config: RunConfig, step: StepPlan, num_groups: int) -> None:
+    """Raise Refusal where the micro-batches of a step cannot pass through the pipeline; num_groups: see `Run`."""
+    num_rows, rows_here = rows_of_step(config, step, num_groups), step.num_samples // num_groups
+    check_microbatches(config.parallel, rows_here // num_rows, rows_here, step.sequence_length, step.stage.step_key)
+
+
+def num_to_rehearse(run: Run, step: StepPlan) -> int:
+    """How many micro-batches fill the pipeline, so that as many as ever are under way at once on each rank."""
+    num_groups = run.num_groups(step.stage)
+    num_rows = rows_of_step(run.config, step, num_groups)
+    return min(step.num_samples // num_groups // num_rows, 2 * run.mesh.grid.pipeline)
 
 
 def shape_of(batch: Batch, run: Run) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
 """One optimizer step where ranks hold the layers one after another: the same contract as `train.train_step`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -53,12 +54,14 @@ def pipeline_step(
     sum_gradients(parameters, run.layouts, run.mesh)
     for tensor in (nats, *routing.tensors()):
         ranks.sum(run.mesh.data.sum(tensor))
-    gradient_norm = norm_over_ranks(parameters, run.layouts, run.mesh)
+    loss, gradient_norm = nats / num_targets, norm_over_ranks(parameters, run.layouts, run.mesh)
     clip_gradients(optimizer.parameters, gradient_norm, optimizer.clip)
-    optimizer.step()
-    move_biases(pipeline, routing, balances, ranks)
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    move_biases = partial(update_biases, routers, own_counts(pipeline, routing), balances[pipeline.parts[0]].rules)
+    run.guard.update(optimizer, loss, gradient_norm, routers, move_biases)
+    tell_biases(routing, routers, pipeline, run)
     watch(routing, [stats for part in pipeline.parts for stats in first[part]], model, microbatches[0], step, run)
-    return StepReport(nats / num_targets, gradient_norm, routing, microbatches)
+    return StepReport(loss, gradient_norm, routing, microbatches)
 
 
 def ranks_of_pipeline(run: Run) -> World:
@@ -111,19 +114,23 @@ class ToldBias:
         self.bias_E = bias_E
 
 
-def move_biases(pipeline: Pipeline, routing: RoutingMeter, balances: dict[Part, StepBalance], ranks: World) -> None:
-    """Move the selection biases of the layers that are here, and let the meter tell of all ranks'."""
-    rules = balances[pipeline.parts[0]].rules
-    if routing.counts_LE is None or all(rule.kind != "bias" for rule in rules):
+def own_counts(pipeline: Pipeline, routing: RoutingMeter) -> Tensor:
+    """How often each expert was wanted in the MoE layers of this rank, in order of depth: (l, E)."""
+    if routing.counts_LE is None:
+        return torch.zeros(0, 0)
+    return torch.cat([routing.counts_LE[part.moe_layers] for part in pipeline.parts])
+
+
+def tell_biases(routing: RoutingMeter, routers: Sequence[Router], pipeline: Pipeline, run: Run) -> None:
+    """Let the meter tell of the selection biases of all ranks."""
+    moe = run.config.model.moe
+    if routing.counts_LE is None or moe is None or not moe.has_bias:
         return
-    told_LE = torch.zeros_like(routing.counts_LE, dtype=torch.float32)
-    for part in pipeline.parts:
-        routers = [module for module in part.modules() if isinstance(module, Router)]
-        update_biases(routers, routing.counts_LE[part.moe_layers], rules)
-        for bias_E, router in zip(told_LE[part.moe_layers], routers, strict=True):
-            assert router.bias_E is not None
-            bias_E.copy_(router.bias_E)
-    routing.routers = [ToldBias(bias_E) for bias_E in ranks.sum(told_LE)]
+    own = [router.bias_E for router in routers if router.bias_E is not None]
+    own_lE = (
+        torch.stack(own) if own else routing.counts_LE.new_zeros(0, routing.counts_LE.shape[1], dtype=torch.float32)
+    )
+    routing.routers = [ToldBias(bias_E) for bias_E in spread(own_lE, pipeline, run)]
 
 
 def watch(  # noqa: PLR0917 (what a step has left in hand)
@@ -144,19 +151,18 @@ def watch(  # noqa: PLR0917 (what a step has left in hand)
         forward_pass(pipeline, [few], run, step.window, lambda part, stats, _: again.update({part: stats}))
         return [stats for part in pipeline.parts for stats in again[part]]
 
-    routing.watch(all_stats, few.num_tokens, route_again, whole_table(pipeline, run))
+    def over_all(sums_l2: Tensor) -> Tensor:
+        return spread(run.row_group.sum(sums_l2), pipeline, run)
+
+    routing.watch(all_stats, few.num_tokens, route_again, over_all)
 
 
-def whole_table(pipeline: Pipeline, run: Run) -> Callable[[Tensor], Tensor]:
-    """Makes of rows of the MoE layers here (l, X) those of all layers (L, X), summed over ranks with parts of a row."""
-
-    def spread(own_lX: Tensor) -> Tensor:
-        whole_LX = own_lX.new_zeros(num_moe_layers(run), own_lX.shape[1])
-        taken = 0
-        for part in pipeline.parts:
-            rows = whole_LX[part.moe_layers]
-            rows.copy_(own_lX[taken : taken + len(rows)])
-            taken += len(rows)
-        return ranks_of_pipeline(run).sum(run.row_group.sum(whole_LX))
-
-    return spread
+def spread(own_lX: Tensor, pipeline: Pipeline, run: Run) -> Tensor:
+    """Of rows of the MoE layers here (l, X) those of all layers (L, X), on every rank of the pipeline."""
+    whole_LX = own_lX.new_zeros(num_moe_layers(run), own_lX.shape[1])
+    taken = 0
+    for part in pipeline.parts:
+        rows = whole_LX[part.moe_layers]
+        rows.copy_(own_lX[taken : taken + len(rows)])
+        taken += len(rows)
+    return ranks_of_pipeline(run).sum(whole_LX)

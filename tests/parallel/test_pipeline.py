@@ -5,17 +5,19 @@ The cases run on 2 and 4 gloo ranks (tests/ranks.py); each rank also computes th
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.pipeline_part import Elsewhere
-from parallel.pipeline_schedule import Pipeline
+from parallel.pipeline_schedule import Pipeline, Stage
 from parallel.world import World
 from run.pipeline_pass import rehearse, try_parts
 from run.record import StepReport
 from tests.parallel.setting import Setting, assert_close, this_world
+from tests.parallel.slots import one_by_one
 
 BASE = (
     "model.num_layers=4",
@@ -95,6 +97,26 @@ def case_five_steps_are_those_of_one_process() -> None:
         assert_same(schedule, EVERYTHING, (pipeline, schedule, parts_per_rank(4 // ranks), GROUPED), steps=5)
 
 
+def case_ranks_go_through_1f1b_as_its_waiting_is_counted() -> None:
+    """The order that tests/parallel/slots.py counts slots of, as it is not torch's own table."""
+    ranks = dist.get_world_size()
+    done: list[tuple[int, str, int]] = []
+
+    def told(kind: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def tell(stage: Stage, number: int, *args: Any, **kwargs: Any) -> Any:
+            done.append((stage.stage_index, kind, number))
+            return inner(stage, number, *args, **kwargs)
+
+        return tell
+
+    own = Setting(this_world(), *BASE, f"parallel.pipeline={ranks}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stage, "forward_one_chunk", told("F", Stage.forward_one_chunk))
+        patch.setattr(Stage, "backward_one_chunk", told("B", Stage.backward_one_chunk))
+        rehearse(own.model, own.microbatches(0), own.run, None)
+    assert done == one_by_one(dist.get_rank(), ranks, 4)
+
+
 def case_parts_in_turn() -> None:
     """Two parts on each of four ranks, and weight gradients that cannot wait."""
     if dist.get_world_size() == 4:
@@ -123,6 +145,14 @@ def case_with_another_axis() -> None:
             axes = ("parallel.pipeline=2", f"parallel.{axis}=2")
             assert_same(axis, EVERYTHING, axes, steps=5)
             assert_same(f"{axis}, {schedule}", EVERYTHING, (*axes, *schedule), steps=2)
+
+
+def case_three_axes() -> None:
+    if dist.get_world_size() == 8:
+        axes = ("parallel.pipeline=2", "parallel.shard=2", "parallel.expert=2", "parallel.tensor=2")
+        assert_same("1f1b", EVERYTHING, axes, steps=5)
+        axes = ("parallel.pipeline=2", "parallel.shard=4", "parallel.expert=2", "parallel.context=2")
+        assert_same(ZERO_BUBBLE, EVERYTHING, (*axes, ZERO_BUBBLE, parts_per_rank(2), GROUPED), steps=5)
 
 
 def case_a_stage_of_another_length() -> None:
