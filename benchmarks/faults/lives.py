@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("run.toml")
 NAME = "faults"
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds until a life that neither goes on nor ends counts as one that hangs."""
 
 

@@ -29,7 +29,7 @@ source .venv/bin/activate
 
 # torchrun gives ranks that are asked to stop 30 s before it kills them; newer ones can be told to wait for a large save.
 patience=()
-if torchrun --help | grep -q -e --shutdown-timeout; then patience=(--shutdown-timeout 100); fi
+if torchrun --help | grep -e --shutdown-timeout > /dev/null; then patience=(--shutdown-timeout 100); fi
 
 # SIGTERM goes to this shell alone (B:). The ranks are asked to stop: each finishes its step, all save it, and the job is
 # put back into the queue, where it keeps its number and so its run. A run that is finished, or that has refused to go
