@@ -79,6 +79,12 @@ def sync_replicas(model: nn.Module, is_last: bool) -> None:
         model.set_requires_all_reduce(is_last)
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of what the last forward pass has gathered for a backward pass that does not come."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def _each(modules: Iterable[nn.Module | None], mesh: DeviceMesh, policy: MixedPrecisionPolicy, apart: Any) -> None:
     for module in modules:
         if module is not None:

@@ -16,6 +16,7 @@ from model.transformer import Transformer
 from moe.balance import Cut
 from moe.routing import RoutingStats, TokenFacts
 from moe.telemetry import RoutingMeter
+from parallel.fsdp import reshard
 from parallel.rows import SplitBatch, mask_of
 from parallel.sequence import farthest_view
 from parallel.vocabulary import cross_entropy
@@ -111,8 +112,14 @@ def watch_choices(  # noqa: PLR0917 (what a step has left in hand)
 ) -> None:
     """Let the meter tell how many choices for the first rows of `batch`, which gave `all_stats`, the step changed."""
     few = watched_rows(batch, step)
+
+    def again(few: Batch) -> tuple[RoutingStats, ...]:
+        _, stats = forward(model, few, run, step.window)
+        reshard(model)
+        return stats
+
     if all_stats and few is not None:
-        routing.watch(all_stats, few.num_tokens, lambda: forward(model, few, run, step.window)[1], run.row_group.sum)
+        routing.watch(all_stats, few.num_tokens, lambda: again(few), run.row_group.sum)
 
 
 def watched_rows(batch: Batch, step: StepPlan) -> Batch | None:

@@ -18,15 +18,15 @@ import train
 from attention.mask import Documents, Mask
 from context.step_plan import StepPlan
 from data.batches import Batch, Batches
-from model.initialize import initialize
+from model.initialize import first_values
 from model.transformer import Transformer, build_model
 from moe.balance import bias_update
 from moe.router import Router
 from optim.groups import Optimizer, build_optimizer
-from parallel.apply import prepare_layers
-from parallel.experts import expert_mesh, shard_experts
+from parallel.apply import parallelize
+from parallel.mesh import build_mesh
+from parallel.whole import fill
 from parallel.world import World
-from parallel.shard import shard_of
 from run import record
 from run.config import load_config
 from run.demand import demand_of
@@ -59,13 +59,13 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ready(*overrides: str, world: World = ALONE) -> tuple[StepPlan, Run, Transformer, Optimizer, list[Batch]]:
     """What the loop has in hand when it takes its first step."""
-    config = load_config(TINY, list(overrides))
-    run = Run(config, Path("runs/none"), torch.device("cpu"), torch.float32, world)
+    config, device = load_config(TINY, list(overrides)), torch.device("cpu")
+    mesh = build_mesh(config.parallel, config.all_row_ranks, world, device)
+    run = Run(config, Path("runs/none"), device, torch.float32, world, mesh=mesh)
     batches = Batches(config.data, seed=0, rank=world.rank, world_size=world.size)
     model = build_model(config.model, batches.tokenizer.vocab_size)
-    initialize(model, 0, run.device)
-    shard_experts(model, expert_mesh(config.parallel, world, run.device))
-    prepare_layers(model, compile=False, recompute=config.recompute)
+    run.layouts = parallelize(model, mesh, compile=False, recompute=config.recompute)
+    fill(model, device, mesh, run.layouts, lambda name, shape: first_values(name, shape, config.model, 0))
     step = config.stages.step(0)
     model.use_rotary(step.stage.rotary)
     return step, run, model, build_optimizer(model, config.optimizer), train.take_step(batches, step, run)
@@ -80,15 +80,18 @@ def with_padding(batch: Batch) -> Batch:
     return replace(batch, is_real_BT=is_real_BT, labels_BT=labels_BT, num_targets=num_targets, num_real=num_real)
 
 
-def take_step(
-    *overrides: str,
-    world: World = ALONE,
-    edit: Callable[[Batch], Batch] = with_padding,
-) -> tuple[Transformer, train.StepReport]:
+def take_step(*overrides: str, edit: Callable[[Batch], Batch] = with_padding) -> tuple[Transformer, train.StepReport]:
     """A step that leaves gradients and biases behind, and the weights as they were."""
+    model, report, _ = step_of_rank(ALONE, *overrides, edit=edit)
+    return model, report
+
+
+def step_of_rank(
+    world: World, *overrides: str, edit: Callable[[Batch], Batch] = with_padding
+) -> tuple[Transformer, train.StepReport, Run]:
     step, run, model, optimizer, microbatches = ready(*CLEAR, *overrides, world=world)
     optimizer.step = lambda: None  # type: ignore[method-assign]
-    return model, train.train_step(model, optimizer, [edit(batch) for batch in microbatches], step, run)
+    return model, train.train_step(model, optimizer, [edit(batch) for batch in microbatches], step, run), run
 
 
 def gradients(model: Transformer) -> dict[str, Tensor]:
@@ -237,7 +240,7 @@ def case_data_ranks() -> None:
     for balance in (BATCH, ALL_SCOPES):
         whole = take_step(f"model.moe.balance={balance}", "tokens_per_microbatch=1024")
         cuts = [f"tokens_per_microbatch={512 // parts}" for parts in (1, 2, 4)]
-        steps = [take_step(f"model.moe.balance={balance}", cut, "recompute=true", world=world) for cut in cuts]
+        steps = [step_of_rank(world, f"model.moe.balance={balance}", cut, "recompute=true") for cut in cuts]
         for step in steps:
             check_rank(step, whole)
 
@@ -245,7 +248,7 @@ def case_data_ranks() -> None:
 def case_expert_ranks() -> None:
     world = a_world_in_a_folder()
     balance = f"model.moe.balance={ALL_SCOPES}"
-    step = take_step(balance, "tokens_per_microbatch=128", f"parallel.expert={world.size}", world=world)
+    step = step_of_rank(world, balance, "tokens_per_microbatch=128", f"parallel.expert={world.size}")
     check_rank(step, take_step(balance, "tokens_per_microbatch=1024"))
 
 
@@ -256,13 +259,11 @@ def a_world_in_a_folder() -> World:
     return World(dist.get_rank(), dist.get_world_size())
 
 
-def check_rank(ours: tuple[Transformer, train.StepReport], theirs: tuple[Transformer, train.StepReport]) -> None:
+def check_rank(ours: tuple[Transformer, train.StepReport, Run], theirs: tuple[Transformer, train.StepReport]) -> None:
     """This rank has the gradients, the biases and the sums of one rank with all tokens."""
-    (model, report), (whole, expected) = ours, theirs
-    wanted = gradients(whole)
-    for name, p in model.named_parameters():
-        shard = shard_of(p)
-        wanted[name] = wanted[name] if shard is None else shard.cut(wanted[name])
+    (model, report, run), (whole, expected) = ours, theirs
+    grid, rank = run.mesh.grid, run.world.rank
+    wanted = {name: run.layouts[name].take(gradient, grid, rank) for name, gradient in gradients(whole).items()}
     assert_same(gradients(model), wanted)
     numbers, theirs_numbers = (vars(step.routing) for step in (report, expected))
     assert torch.equal(numbers["counts_LE"], theirs_numbers["counts_LE"])

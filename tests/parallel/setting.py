@@ -1,7 +1,6 @@
 """One run's step on this rank of a world, or as if there were no other: what equality over ranks is tested with."""
 
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 import train
 from context.step_plan import StepPlan
-from data.batches import Batch, Batches
+from data.batches import Batch, Batches, DataSettings
 from model.initialize import first_values
 from model.transformer import build_model
 from optim.groups import Optimizer, build_optimizer
@@ -49,15 +48,21 @@ def text() -> str:
     return bytes(letters.tolist()).decode()
 
 
-@cache
-def batches_of(world: World) -> Batches:
-    return Batches(load_config(TINY, []).data, seed=0, rank=world.rank, world_size=world.size)
+_BATCHES: dict[str, Batches] = {}
+
+
+def batches_of(data: DataSettings, world: World) -> Batches:
+    """Of each once, as documents are read and counted."""
+    key = f"{data!r} {world.rank} {world.size}"
+    if key not in _BATCHES:
+        _BATCHES[key] = Batches(data, seed=0, rank=world.rank, world_size=world.size)
+    return _BATCHES[key]
 
 
 class Setting:
     """All that one optimizer step needs. Routers start far from an even load."""
 
-    def __init__(self, world: World, *overrides: str, seed: int = 0) -> None:
+    def __init__(self, world: World, *overrides: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         if this_world().is_main and not Path("words.txt").exists():
             Path("words.txt").write_text(text())
         dist.barrier()
@@ -66,11 +71,16 @@ class Setting:
         mesh = build_mesh(parallel, config.all_row_ranks, world, CPU)
         groups = build_row_groups(parallel.sequence, config.all_row_ranks, mesh)
         group = groups[config.row_ranks(config.stages[0])]
-        self.run = Run(config, Path("runs/none"), CPU, torch.float32, world, group, groups, mesh)
-        self.batches = batches_of(self.run.groups)
+        self.run = Run(config, Path("runs/none"), CPU, dtype, world, group, groups, mesh)
+        self.batches = batches_of(config.data, self.run.groups)
         self.model = build_model(config.model, self.batches.tokenizer.vocab_size)
         self.run.layouts = parallelize(
-            self.model, mesh, compile=False, recompute=config.recompute, pipelining=parallel.pipelining
+            self.model,
+            mesh,
+            compile=False,
+            recompute=config.recompute,
+            dtype=dtype,
+            pipelining=parallel.pipelining,
         )
         fill(self.model, CPU, mesh, self.run.layouts, lambda name, shape: self.first_value(name, shape, seed))
         split_attention(self.model, group)

@@ -3,13 +3,10 @@
 The cases run on 2 and 4 gloo ranks (tests/ranks.py); each rank also computes the whole of it by itself.
 """
 
-import os
 import random
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,28 +16,21 @@ from torch import Tensor
 import train
 from attention.attention import Attention
 from context.local_comm import LocalComm
-from context.step_plan import StepPlan
 from context.ulysses import Ulysses
-from data.batches import Batch, Batches
-from model.initialize import initialize
+from data.batches import Batch
+from model.initialize import first_values
 from model.transformer import Transformer, build_model
 from moe.layer import MoE
 from moe.router import Router
-from optim.groups import build_optimizer
-from parallel.apply import prepare_layers
-from parallel.experts import expert_mesh, shard_experts
-from parallel.mesh import ParallelSettings, SequenceSettings
+from parallel.mesh import Grid, Mesh, ParallelSettings, SequenceSettings, build_mesh
+from parallel.sequence import RowGroup, build_row_groups, check_context, farthest_view, split_attention
 from parallel.world import World
-from parallel.sequence import RowGroup, build_row_group, check_context, farthest_view, split_attention
-from parallel.shard import shard_of
-from run.config import RunConfig, load_config, rows_of_step
+from run.config import load_config, rows_of_step
 from run.microbatches import split
 from run.record import StepReport
-from run.start import Run
 from settings import Refusal
+from tests.parallel.setting import CPU, TINY, Setting, assert_close, this_world
 
-TINY = Path(__file__).parents[1] / "tiny.toml"
-CPU = torch.device("cpu")
 ALONE = World()
 LOSSES = "[{kind = 'loss', coefficient = 1.0}, {kind = 'loss', scope = 'sequence', coefficient = 1.0}, " + (
     "{kind = 'loss', scope = 'microbatch', tokens = 384, coefficient = 1.0}, {kind = 'bias', step = 1e-2}]"
@@ -59,12 +49,9 @@ MODEL = (
     "optimizer.clip=1e9",
 )
 """4 rows of 128 tokens in as many micro-batches; weights so large that all shows, and draws that depend on places."""
+TOLERANCE = 1e-5
 LAYOUTS = ("balanced", "zigzag", "contiguous")
 METHODS = ("ring", "gather", "groupcast", "ulysses", "usp")
-
-
-def this_world() -> World:
-    return World(dist.get_rank(), dist.get_world_size(), dist.get_rank())
 
 
 def contexts() -> Iterator[int]:
@@ -97,68 +84,30 @@ def with_documents(batch: Batch) -> Batch:
     )
 
 
-@cache
-def a_folder_with_text() -> None:
-    os.chdir(tempfile.mkdtemp(dir="."))
-    letters = random.Random(1)
-    Path("words.txt").write_text("".join(letters.choice("abcdef ") for _ in range(24_000)))
-
-
-class Training:
-    """All that optimizer steps need, on this rank of `world` or as if there were no other."""
+class OwnRows(Setting):
+    """Rows as the sources give them; first values as they are drawn."""
 
     def __init__(self, world: World, *overrides: str) -> None:
-        a_folder_with_text()
-        self.config: RunConfig = load_config(TINY, [*MODEL, *overrides])
-        self.world = world
-        group = build_row_group(self.config.parallel, world, CPU)
-        self.run = Run(self.config, Path("runs/none"), CPU, torch.float32, world, group)
-        groups = self.run.groups
-        self.batches = Batches(self.config.data, seed=0, rank=groups.rank, world_size=groups.size)
-        self.model = build_model(self.config.model, self.batches.tokenizer.vocab_size)
-        initialize(self.model, 0, CPU)
-        shard_experts(self.model, expert_mesh(self.config.parallel, world, CPU))
-        split_attention(self.model, group)
-        prepare_layers(self.model, compile=False, recompute=self.config.recompute)
-        self.model.use_rotary(self.plan(0).stage.rotary)
-        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+        super().__init__(world, *MODEL, *overrides)
 
-    def plan(self, number: int) -> StepPlan:
-        return self.config.stages[0].step(number)
+    def first_value(self, name: str, shape: torch.Size, seed: int) -> Tensor:
+        return first_values(name, shape, self.config.model, seed)
+
+
+class Training(OwnRows):
+    """Rows cut into documents of every length."""
 
     def microbatches(self, number: int) -> list[Batch]:
         whole = train.take_step(self.batches, self.plan(number), self.run)
         return split([with_documents(batch) for batch in whole], self.plan(number), self.run)
 
-    def step(self, number: int) -> StepReport:
-        return train.train_step(self.model, self.optimizer, self.microbatches(number), self.plan(number), self.run)
-
-    def gradients(self) -> dict[str, Tensor]:
-        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
-
-
-class OwnRows(Training):
-    """Rows as the sources give them."""
-
-    def microbatches(self, number: int) -> list[Batch]:
-        whole = train.take_step(self.batches, self.plan(number), self.run)
-        return split(whole, self.plan(number), self.run)
-
-
-def assert_close(name: str, ours: Tensor | float, theirs: Tensor | float, tolerance: float = 1e-5) -> None:
-    ours, theirs = torch.as_tensor(ours).double(), torch.as_tensor(theirs).double()
-    assert ours.shape == theirs.shape, f"{name}: {ours.shape}, not {theirs.shape}"
-    error = (ours - theirs).norm() / theirs.norm().clamp(min=1e-30)
-    assert error <= tolerance, f"{name}: off by {error:.2e}, relative"
-
-
-def own_slice(whole: Tensor, model: Transformer, name: str) -> Tensor:
-    shard = shard_of(model.get_parameter(name))
-    return whole if shard is None else shard.cut(whole)
-
 
 def routers(model: Transformer) -> list[Router]:
     return [module for module in model.modules() if isinstance(module, Router)]
+
+
+def cloned(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: gradient.clone() for name, gradient in gradients.items()}
 
 
 def record_of(training: Training, steps: int) -> list[tuple[StepReport, dict[str, float], dict[str, Tensor]]]:
@@ -166,7 +115,7 @@ def record_of(training: Training, steps: int) -> list[tuple[StepReport, dict[str
     recorded = []
     for number in range(steps):
         report = training.step(number)
-        recorded.append((report, report.routing.report(), training.gradients()))
+        recorded.append((report, report.routing.report(), cloned(training.gradients())))
     return recorded
 
 
@@ -180,15 +129,17 @@ def check_steps(title: str, training: Training, expected: list) -> None:
     for number, (report, numbers, gradients) in enumerate(expected):
         where = f"{title}, step {number}"
         ours = training.step(number)
-        assert_close(f"{where}: loss", ours.loss, report.loss)
-        assert_close(f"{where}: norm", ours.gradient_norm, report.gradient_norm)
+        assert_close(f"{where}: loss", ours.loss, report.loss, TOLERANCE)
+        assert_close(f"{where}: norm", ours.gradient_norm, report.gradient_norm, TOLERANCE)
         for name, gradient in training.gradients().items():
-            assert_close(f"{where}: {name}", gradient, own_slice(gradients[name], training.model, name))
+            layout, mesh = training.run.layouts[name], training.run.mesh
+            expected_part = layout.take(gradients[name], mesh.grid, mesh.world.rank)
+            assert_close(f"{where}: {name}", gradient, expected_part, TOLERANCE)
         our_numbers = ours.routing.report()
         assert our_numbers.keys() == numbers.keys()
         others = {"choice_overlap"} if training.run.groups.size > 1 else set()  # which tells of this group's rows
         for name in numbers.keys() - others:
-            assert_close(f"{where}: {name}", our_numbers[name], numbers[name])
+            assert_close(f"{where}: {name}", our_numbers[name], numbers[name], TOLERANCE)
         counts_LE, their_counts_LE = ours.routing.counts_LE, report.routing.counts_LE
         assert counts_LE is not None and their_counts_LE is not None and torch.equal(counts_LE, their_counts_LE)
 
@@ -281,7 +232,7 @@ def case_a_rank_with_other_documents_is_found_out() -> None:
     """Every rank says so, and none waits."""
     training = Training(this_world(), f"parallel.context={dist.get_world_size()}")
     whole = [with_documents(batch) for batch in train.take_step(training.batches, training.plan(0), training.run)]
-    if training.world.rank == 1:
+    if training.run.world.rank == 1:
         first = whole[-1].lengths
         whole[-1] = replace(whole[-1], lengths=(*first[:-2], first[-2] + first[-1]))
     with pytest.raises(Refusal, match="disagree on the documents and tokens of a step: ranks 1 have"):
@@ -301,7 +252,7 @@ def case_whole_rows_are_evaluated_on_each_rank_alone() -> None:
     """Also while no other rank does: nothing may be sent."""
     training, alone = Training(this_world(), f"parallel.context={dist.get_world_size()}"), Training(ALONE)
     tokens_BT = torch.arange(2 * 50).view(2, 50) % 200
-    if training.world.is_main:
+    if training.run.world.is_main:
         with torch.no_grad():
             assert torch.equal(training.model(tokens_BT)[0], alone.model(tokens_BT)[0])
     dist.barrier()
@@ -368,7 +319,7 @@ def test_ulysses_asks_its_own_layers_for_heads_and_no_others() -> None:
 def test_ranks_that_do_not_divide_into_groups_are_refused(context: int, size: int, divisor: int) -> None:
     expected = rf"parallel.context={context} does not divide the {size} ranks .* set parallel.context={divisor}"
     with pytest.raises(Refusal, match=expected):
-        build_row_group(ParallelSettings(context=context), World(0, size), CPU)
+        build_mesh(ParallelSettings(context=context), {context: "parallel.context"}, World(0, size), CPU)
 
 
 def test_a_step_is_shared_out_among_groups() -> None:
@@ -399,7 +350,7 @@ def test_rows_are_laid_out_for_the_farthest_that_a_layer_sees(pattern: list[str]
 
 
 def test_a_rank_alone_keeps_its_rows() -> None:
-    group = build_row_group(ParallelSettings(), World(3, 4), CPU)
+    group = build_row_groups(SequenceSettings(), [1], Mesh(Grid(4), World(3, 4), {}))[1]
     assert group == RowGroup() and group.size == 1
     assert group.groups(World(3, 4)) == World(3, 4)
     assert group.sum(torch.ones(2)).tolist() == [1, 1]

@@ -16,9 +16,9 @@ from attention.attention import Attention
 from context.local_comm import LocalComm
 from context.methods import Split
 from model.transformer import build_model
-from parallel.mesh import ParallelSettings, SequenceSettings
-from parallel.world import World
+from parallel.mesh import Grid, Mesh, SequenceSettings, build_mesh
 from parallel.sequence import ALONE, RowGroup, build_row_groups, split_attention
+from parallel.world import World
 from run.config import RunConfig, load_config, rows_of_step, show
 from run.entry import take_shape
 from run.start import Run
@@ -165,7 +165,7 @@ def test_what_cannot_lie_on_so_many_ranks_is_refused_by_the_key_that_says_so(
 def test_ranks_that_do_not_divide_are_refused_by_the_key_that_says_so() -> None:
     config = load_config(TINY, ["context.stages.1.context=2"])
     with pytest.raises(Refusal, match=r"context.stages.1.context=2 does not divide the 3 ranks"):
-        build_row_groups(config.parallel, config.all_row_ranks, World(0, 3), CPU)
+        build_mesh(config.parallel, config.all_row_ranks, World(0, 3), CPU)
     config = load_config(TINY, ["context.stages.1.context=4", "tokens_per_microbatch=512"])
     assert rows_of_step(config, config.stages.step(4096), 1) == 4
     with pytest.raises(Refusal, match=r"does not divide among 2 groups of context.stages.1.context=4 ranks"):
@@ -175,7 +175,7 @@ def test_ranks_that_do_not_divide_are_refused_by_the_key_that_says_so() -> None:
 
 
 def test_no_rank_is_asked_where_no_stage_needs_another() -> None:
-    assert build_row_groups(ParallelSettings(), {1: "parallel.context"}, World(3, 4), CPU) == {1: ALONE}
+    assert build_row_groups(SequenceSettings(), {1: "parallel.context"}, Mesh(Grid(4), World(3, 4), {})) == {1: ALONE}
 
 
 def test_attention_is_put_back_as_it_was(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from model.initialize import initialize
 from model.kept import Numbers
 from model.transformer import Transformer, build_model
 from optim.groups import Optimizer, build_optimizer
-from parallel.apply import prepare_layers
+from parallel.apply import parallelize
 from parallel.world import World
 from run import trial
 from run.config import RunConfig, load_config
@@ -35,9 +35,9 @@ def ready(*overrides: str) -> Ready:
     run = Run(config, Path("runs/none"), CPU, torch.float32, World())
     batches = Batches(config.data, seed=config.seed)
     model = build_model(config.model, batches.tokenizer.vocab_size)
+    run.layouts = parallelize(model, run.mesh, compile=False, recompute=config.recompute)
     initialize(model, 0, CPU)
     model.use_rotary(config.stages[0].rotary)
-    prepare_layers(model, compile=False, recompute=config.recompute)
     return model, build_optimizer(model, config.optimizer), batches, run
 
 
@@ -220,8 +220,8 @@ def test_a_lack_of_memory_is_a_refusal_that_says_the_ways_out(
     assert said.startswith("context.stages.1: a micro-batch of 2 x 128 tokens does not fit into the memory of cpu")
     needed = needs_of(run.config, model.vocab_size, run.config.stages[1].longest_step(), 1, Numbers(4, "cpu"))
     assert f"{gigabytes(needed.total)} are needed" in said
-    ways = "recompute=true or tokens_per_microbatch=128 or context.stages.1.context=2 on 2 ranks or more"
-    assert f"try {ways} (" in said and "llocate" in said and "non-PyTorch" not in said
+    ways = "recompute=ops or recompute=full or tokens_per_microbatch=128 or context.stages.1.context=2 on 2 ranks"
+    assert f"try {ways} or more (" in said and "llocate" in said and "non-PyTorch" not in said
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -232,9 +232,11 @@ def test_only_what_would_help_is_offered(monkeypatch: pytest.MonkeyPatch) -> Non
             try_batches(*ready(*overrides), 0)
         return str(refused.value).partition("try ")[2].partition(" (")[0]
 
-    assert said(128, "tokens_per_microbatch=128") == "recompute=true or context.stages.1.context=2 on 2 ranks or more"
-    assert said(64, "recompute=true", "tokens_per_microbatch=512").startswith("tokens_per_microbatch=256 or context")
-    assert said(64, "recompute=true", "tokens_per_microbatch=128").startswith("context.stages.0.context=2")
+    kinds, more = "recompute=ops or recompute=full", "context.stages.1.context=2 on 2 ranks or more"
+    assert said(128, "tokens_per_microbatch=128") == f"{kinds} or {more}"
+    assert said(128, "tokens_per_microbatch=128", "recompute=ops") == f"recompute=full or {more}"
+    assert said(64, "recompute=full", "tokens_per_microbatch=512").startswith("tokens_per_microbatch=256 or context")
+    assert said(64, "recompute=full", "tokens_per_microbatch=128").startswith("context.stages.0.context=2")
     needed = trial.needs_of
 
     def never(config: RunConfig, *rest: Any) -> Any:
@@ -242,7 +244,7 @@ def test_only_what_would_help_is_offered(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(trial, "needs_of", never)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 10**12))
-    model, _, _, run = ready("recompute=true", "tokens_per_microbatch=512")
+    model, _, _, run = ready("recompute=full", "tokens_per_microbatch=512")
     run.device = torch.device("cuda")
     ways = trial._ways_out(model, run, run.config.stages[0].longest_step())
     assert ways[0] == "tokens_per_microbatch=128", "what cannot fit by arithmetic is no way out"
@@ -266,7 +268,7 @@ def test_a_refused_run_starts_with_other_settings(monkeypatch: pytest.MonkeyPatc
     """Its folder has nothing to lose yet."""
     with monkeypatch.context() as small:
         small.setattr(trial, "forward_and_backward", fail_at(128, SYSTEM))
-        with pytest.raises(Refusal, match="recompute=true"):
+        with pytest.raises(Refusal, match="recompute=full"):
             train.main(load_config(TINY, []))
     train.main(load_config(TINY, ["recompute=true"]))
     assert len(numbers("tiny")) == 12
