@@ -23,7 +23,7 @@ set -euo pipefail
 }
 GPUS=${SLURM_GPUS_ON_NODE:-8}
 PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node do not meet
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 # shellcheck disable=SC1091
 source .venv/bin/activate
 
