@@ -75,7 +75,7 @@ def describe(holdings: Holdings, tied: Mapping[str, str], layouts: Layouts, grid
     return words
 
 
-def deal(words: Sequence[Words], layouts: Layouts, grid: Grid, file_bytes: int = FILE_BYTES) -> tuple[FileDeal, ...]:
+def deal(words: Sequence[Words], layouts: Layouts, grid: Grid) -> tuple[FileDeal, ...]:
     """Deal all tensors out to ranks that write them; words: of every rank, in their order.
 
     Raises ValueError, alike on every rank, where nobody has a part that a layout speaks of.
@@ -88,7 +88,7 @@ def deal(words: Sequence[Words], layouts: Layouts, grid: Grid, file_bytes: int =
     files, number = [], 0
     for file in (key for key in words[0] if key != "tied"):
         wholes = _wholes(file, words, layouts)
-        count = max(1, min(grid.size, len(wholes), sum(map(_bytes, wholes.values())) // file_bytes))
+        count = max(1, min(grid.size, len(wholes), sum(map(_bytes, wholes.values())) // FILE_BYTES))
         for place, names in enumerate(_shares(wholes, count)):
             writer, entries = place * grid.size // count, []
             for name in names:

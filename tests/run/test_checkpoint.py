@@ -437,6 +437,30 @@ def test_checkpoints_are_due_every_so_many_steps(tmp_path: Path) -> None:
     assert [step for step in range(1, 13) if checkpoints.due(step)] == [4, 8, 12]
 
 
+def test_what_stays_for_good_is_due_as_well_and_never_removed(tmp_path: Path) -> None:
+    model, optimizers = build()
+    settings = CheckpointSettings(every_steps=2, keep=1, keep_every=5, asynchronous=False)
+    checkpoints = Checkpoints(tmp_path, settings, model, optimizers, ORIGINAL, print)
+    due = [step for step in range(1, 16) if checkpoints.due(step)]
+    assert due == [2, 4, 5, 6, 8, 10, 12, 14, 15]
+    for step in due[:-1]:
+        checkpoints.save(step, {"step": step})
+    kept = sorted(path.name for path in checkpoints.folder.iterdir())
+    assert kept == ["step_00000005", "step_00000010", "step_00000014"]
+
+
+def test_the_newest_good_one_is_never_removed(tmp_path: Path) -> None:
+    """Also when newer ones, damaged or of another configuration, stand beside it."""
+    paths = saved_run(tmp_path, steps=4, keep=9)
+    for path in paths[2:]:
+        (path / "config.toml").write_bytes(b"seed = 9")
+    model, optimizers = build()
+    checkpoints, warnings = open_in(tmp_path, model, optimizers, keep=1)
+    checkpoints.save(3, {"steps": 3})
+    assert sorted(path.name[-1] for path in checkpoints.folder.iterdir()) == ["3", "4"] and warnings
+    assert open_in(tmp_path, *build())[0].restore_latest() == {"steps": 3}
+
+
 def test_the_manifest_describes_every_file_and_tensor(tmp_path: Path) -> None:
     path = saved_run(tmp_path, steps=1)[0]
     manifest = json.loads((path / "manifest.json").read_text())

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+import run.manifest
 import run.sealed
 import train
 from data.tokenizer import ByteTokenizer
 from model.initialize import initialize
 from model.transformer import Transformer, build_model
+from parallel.layout import whole_layouts
 from run import record
 from run.checkpoint import read_checkpoint
 from run.config import load_config
@@ -97,6 +99,7 @@ def started(*overrides: str) -> Transformer:
     """The model of such a run before its first step."""
     run = start(load(*overrides))
     model = build_model(run.config.model, ByteTokenizer.vocab_size)
+    run.layouts = whole_layouts(model)
     first_weights(run, model, ByteTokenizer())
     model.use_rotary(run.config.context.stages[0].rotary)
     return model.eval()
@@ -261,7 +264,7 @@ def test_a_pickle_is_refused_and_never_executed(here: Path) -> None:
     file.write_bytes(pickle.dumps(Hostile(mark)))
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": run.sealed.sha256(file)}
-    manifest["digest"] = run.sealed._digest(manifest)
+    manifest["digest"] = run.manifest.digest_of(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(Refusal, match=r"model\.safetensors"):
         started(f"initial.checkpoint={path}")
