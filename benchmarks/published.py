@@ -17,7 +17,8 @@ from run.device import PUBLISHED, Device
 from run.needs import gigabytes
 from run.outlook import seconds, table
 from run.speeds import CARD, Framework, Repeats
-from run.step_time import Job, StepTime, step_time
+from run.step_parts import Job, StepTime
+from run.step_time import step_time
 from settings import validate
 
 FILE = Path(__file__).parent / "published.toml"

@@ -6,8 +6,9 @@ counted: what an allocator wastes, masks that a backend draws for windows, the r
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import get_args
 
 from attention.attention import AttentionSettings, channels_per_head
 from model.block import Kind
@@ -38,6 +39,8 @@ class Share:
     numbers: Numbers
     recompute: Kind | Sequence[Kind] = "none"
     """What is computed again, of all layers alike or of each."""
+    offload: bool = False
+    """What layers keep is in host memory, but for one that writes and one that reads; on CPUs nothing moves."""
     loss_chunk: int = 4096
     num_ranks: int = 1
     """All ranks of the run."""
@@ -117,6 +120,9 @@ def memory(settings: ModelSettings, vocab_size: int, optimizer: str, share: Shar
     here = share.layers or tuple(range(settings.num_layers))
     layers = {layer: _kept(own, layer, share, share.kind(layer)) for layer in here}
     sums = {name: sum(getattr(kept, name) for kept in layers.values()) for name in vars(layers[here[0]])}
+    if share.offload and share.numbers.device != "cpu":
+        here_at_once = min(1.0, 2 / len(here))
+        sums = {name: value if name == "copies" else int(value * here_at_once) for name, value in sums.items()}
     sums["residual"] += _ends(settings, share)
     # Copies of weights are made anew for each micro-batch, and those in flight have copies of their own.
     sums = {name: int(value * share.in_flight) for name, value in sums.items()}
@@ -227,6 +233,13 @@ def _on_the_way_back(settings: ModelSettings, layer: int, share: Share) -> int:
         + FP32 * share.num_tokens * settings.width // share.tensor_ranks
         + max(half(settings, share), _attention_backward(settings, share))
     )
+
+
+def by_kind(settings: ModelSettings, layer: int, share: Share) -> tuple[dict[Kind, int], int]:
+    """(what a layer keeps as each kind, what there is beside what lower layers keep when it makes gradients)."""
+    own = cut_settings(settings, share.tensor_ranks)
+    kept = {kind: _sum(_kept(own, layer, share, kind)) for kind in get_args(Kind)}
+    return kept, kept["none"] + _on_the_way_back(own, layer, replace(share, recompute="none"))
 
 
 def _dense_backward(settings: ModelSettings, share: Share) -> int:

@@ -8,16 +8,18 @@ from functools import partial
 from context.stages import Stage
 from context.step_plan import StepPlan
 from data.batches import Batches
+from model.block import Kind
 from model.memory import Memory
+from model.repeated import repeated_flops
 from model.size import attention_flops_per_token, multiplied_weights
 from parallel.mesh import Grid, grid_of
 from run.config import RunConfig, rows_of_step
 from run.demand import demand_of
 from run.device import Device
 from run.jobs import framework_of, job_of
-from run.needs import kind_of, needs_of
-from run.speeds import REPEATS
-from run.step_time import StepTime, step_time
+from run.needs import kinds_of, needs_of
+from run.step_parts import StepTime
+from run.step_time import step_time
 
 SAMPLED_STEPS = 512
 """Steps of a stage that are looked at where its length or window changes from step to step."""
@@ -42,6 +44,8 @@ class Forecast:
     attention_flops: float
     repeated_flops: float
     """What is computed again because it was not kept; no part of the model's operations."""
+    kinds: tuple[Kind, ...]
+    """What of each layer."""
     needed: Memory
     """On the rank that needs most."""
     step: StepTime
@@ -61,32 +65,37 @@ def forecasts(
     """Stage by stage; raises Refusal where a step does not divide among the ranks."""
     model, grid = config.model, grid_of(config.parallel, num_ranks)
     weights = multiplied_weights(model, vocab_size)
-    repeats = REPEATS[kind_of(config)]
     for stage in config.stages:
         step, row_ranks = stage.longest_step(), config.row_ranks(stage)
         documents = tuple(documents_of(stage))
         attention = attention_of_stage(config, stage, documents)
-        # Run again are the forward passes of layers, 2 of 6 operations, and not the head.
-        repeated = repeats.products * 2 * (weights - vocab_size * model.width) + repeats.attention * attention / 3
-        time = partial(_time, config, vocab_size, grid, device, documents)
+        kinds = kinds_of(config, vocab_size, step, num_ranks, device.numbers)
+        time = partial(_time, config, vocab_size, grid, device, documents, kinds)
         yield Forecast(
             stage=stage,
             num_rows=rows_of_step(config, step, grid.data // row_ranks),
             row_ranks=row_ranks,
             weight_flops=stage.num_tokens * 6 * weights,
             attention_flops=stage.num_tokens * attention,
-            repeated_flops=stage.num_tokens * repeated,
-            needed=needs_of(config, vocab_size, step, num_ranks, device.numbers),
+            repeated_flops=stage.num_tokens * repeated_of_stage(config, stage, documents, kinds, device.kind),
+            needed=needs_of(config, vocab_size, step, num_ranks, device.numbers, kinds),
+            kinds=kinds,
             step=time(step),
             seconds=stage.num_steps * mean_over_steps(stage, partial(_seconds, time), TIMED_STEPS),
         )
 
 
 def _time(  # noqa: PLR0917 (a step, and all that it depends on)
-    config: RunConfig, vocab_size: int, grid: Grid, device: Device, documents: tuple[int, ...], step: StepPlan
+    config: RunConfig,
+    vocab_size: int,
+    grid: Grid,
+    device: Device,
+    documents: tuple[int, ...],
+    kinds: tuple[Kind, ...],
+    step: StepPlan,
 ) -> StepTime:
     lengths = tuple(pieces(documents, step.sequence_length))
-    return step_time(job_of(config, vocab_size, step, grid, lengths), device, framework_of(config, device))
+    return step_time(job_of(config, vocab_size, step, grid, lengths, kinds), device, framework_of(config, device))
 
 
 def _seconds(time: Callable[[StepPlan], StepTime], step: StepPlan) -> float:
@@ -98,6 +107,17 @@ def attention_of_stage(config: RunConfig, stage: Stage, documents: tuple[int, ..
 
     def of(step: StepPlan) -> float:
         return attention_flops_per_token(config.model, pieces(documents, step.sequence_length), step.window)
+
+    return mean_over_steps(stage, of, SAMPLED_STEPS)
+
+
+def repeated_of_stage(
+    config: RunConfig, stage: Stage, documents: tuple[int, ...], kinds: tuple[Kind, ...], device: str
+) -> float:
+    """Operations for a token that are done again, on average over the stage's steps."""
+
+    def of(step: StepPlan) -> float:
+        return repeated_flops(config.model, kinds, device, pieces(documents, step.sequence_length), step.window)
 
     return mean_over_steps(stage, of, SAMPLED_STEPS)
 

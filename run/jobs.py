@@ -7,22 +7,25 @@ from context.plan import plan
 from context.step_plan import StepPlan
 from context.ulysses import largest_group
 from context.volume import Volume, volume
+from model.block import Kind
 from moe.balance import rows_per_group
 from parallel.mesh import Grid
 from parallel.rows import lay_out
 from parallel.sequence import farthest_view, heads_of
 from run.config import RunConfig, rows_of_step
 from run.device import Device
-from run.needs import kind_of, microbatches_of, parts_per_rank
-from run.speeds import OURS, REPEATS, Framework
-from run.step_time import Job
+from run.needs import microbatches_of, parts_per_rank
+from run.speeds import OURS, Framework, mean_of
+from run.step_parts import Job
 
 KERNELS = {"cudnn": "flash3", "flex": "flex"}
 """Of attention's backends, the kernels that speeds are known of; of all others flash-attention 2's are taken."""
 
 
-def job_of(config: RunConfig, vocab_size: int, step: StepPlan, grid: Grid, lengths: tuple[int, ...]) -> Job:
-    """Of a step like this one; lengths: of the documents that attention stays inside of."""
+def job_of(  # noqa: PLR0917 (a step, and all that it depends on)
+    config: RunConfig, vocab_size: int, step: StepPlan, grid: Grid, lengths: tuple[int, ...], kinds: tuple[Kind, ...]
+) -> Job:
+    """Of a step like this one; lengths: of the documents that attention stays inside of; kinds: of every layer."""
     row_ranks = config.row_ranks(step.stage)
     num_rows = rows_of_step(config, step, grid.data // row_ranks)
     pipelining = config.parallel.pipelining
@@ -34,7 +37,7 @@ def job_of(config: RunConfig, vocab_size: int, step: StepPlan, grid: Grid, lengt
         microbatches=microbatches_of(config, step, grid),
         lengths=lengths,
         window=step.window,
-        repeats=REPEATS[kind_of(config)],
+        repeats=mean_of(kinds),
         schedule=pipelining.schedule if grid.pipeline > 1 else "1f1b",
         parts=parts_per_rank(config),
         counts_first=counts_first(config, step, num_rows),

@@ -1,27 +1,93 @@
 """How much memory a rank needs for a step, from the configuration alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from context.step_plan import StepPlan
 from model.block import Kind
 from model.kept import Numbers
-from model.memory import Memory, Share, memory
+from model.memory import Memory, Share, States, by_kind, memory, states
+from model.repeated import repeated_by_layer
+from parallel.budget import Layer, cheapest
 from parallel.mesh import Grid, grid_of
 from parallel.pipeline_part import layers_of
+from parallel.recompute import KINDS
 from parallel.states import states_by_stage
 from run.config import RunConfig, rows_of_step
+from settings import Refusal
 
 
-def needs_of(config: RunConfig, vocab_size: int, step: StepPlan, num_ranks: int, numbers: Numbers) -> Memory:
+def needs_of(  # noqa: PLR0917 (a step, and all that it depends on)
+    config: RunConfig,
+    vocab_size: int,
+    step: StepPlan,
+    num_ranks: int,
+    numbers: Numbers,
+    kinds: tuple[Kind, ...] | None = None,
+) -> Memory:
     """Bytes of the one of `num_ranks` ranks that needs most in a micro-batch of this step.
 
-    Raises Refusal where the ranks, or the step, do not divide.
+    kinds: those of `kinds_of`, where they are known. Raises Refusal where the ranks, or the step, do not divide, and
+    where the memory budget is too small.
     """
-    kind = config.optimizer.kind
     shares = shares_of(config, vocab_size, step, num_ranks, numbers)
-    needed = (memory(config.model, vocab_size, kind, share) for share in shares)
+    kinds = kinds or kinds_of(config, vocab_size, step, num_ranks, numbers)
+    needed = (_memory(config, vocab_size, replace(share, recompute=kinds)) for share in shares)
     return max(needed, key=lambda each: each.total)
+
+
+def kinds_of(config: RunConfig, vocab_size: int, step: StepPlan, num_ranks: int, numbers: Numbers) -> tuple[Kind, ...]:
+    """What is computed again of each layer in such a step; of a budget, by what each rank's layers need.
+
+    Raises Refusal where not even the most that can be computed again would keep to it.
+    """
+    chosen: list[Kind] = [kind_of(config)] * config.model.num_layers
+    if isinstance(config.recompute, str):
+        return tuple(chosen)
+    short = 0
+    for share in shares_of(config, vocab_size, step, num_ranks, numbers):
+        here = share.layers or range(config.model.num_layers)
+        kinds = _within(config, vocab_size, step, share, config.recompute.bytes)
+        if kinds is None:
+            short = max(short, _memory(config, vocab_size, share).total)
+            continue
+        for layer, kind in zip(here, kinds, strict=True):
+            chosen[layer] = kind
+    if short:
+        near = -(-short // 10**8) / 10
+        raise Refusal(
+            f"recompute.budget={config.recompute.budget!r}: in context.stages.{step.stage.index} a rank needs"
+            f' {gigabytes(short)} with every layer at "full", where the least is kept; set'
+            f' recompute.budget="{near:g} GB", or a smaller tokens_per_microbatch, or share the model among more ranks'
+            " (python plan.py shows what needs how much)"
+        )
+    return tuple(chosen)
+
+
+def _within(config: RunConfig, vocab_size: int, step: StepPlan, share: Share, budget: int) -> tuple[Kind, ...] | None:
+    """Of this rank's layers; None where nothing keeps to the budget."""
+    model, here = config.model, tuple(share.layers or range(config.model.num_layers))
+    if share.states is None:  # which are of a model that is built each time
+        weights, moments = states(model, vocab_size, config.optimizer.kind, share.expert_ranks)
+        share = replace(share, states=States(weights, moments, weights if share.num_ranks > 1 else 0))
+    lengths, device = (step.sequence_length,), share.numbers.device
+
+    def fits(kinds: Sequence[Kind]) -> bool:
+        by_layer: list[Kind] = ["full"] * model.num_layers
+        for layer, kind in zip(here, kinds, strict=True):
+            by_layer[layer] = kind
+        return _memory(config, vocab_size, replace(share, recompute=by_layer)).total <= budget
+
+    def layer_of(layer: int) -> Layer:
+        kept, moment = by_kind(model, layer, share)
+        flops = {kind: repeated_by_layer(model, layer, kind, device, lengths, step.window) for kind in KINDS}
+        return Layer(kept, moment, flops)
+
+    return cheapest([layer_of(layer) for layer in here], fits) if fits(["full"] * len(here)) else None
+
+
+def _memory(config: RunConfig, vocab_size: int, share: Share) -> Memory:
+    return memory(config.model, vocab_size, config.optimizer.kind, share)
 
 
 def shares_of(config: RunConfig, vocab_size: int, step: StepPlan, num_ranks: int, numbers: Numbers) -> Iterator[Share]:
@@ -56,6 +122,7 @@ def share_of(config: RunConfig, step: StepPlan, grid: Grid, numbers: Numbers) ->
         num_tokens=num_rows * step.sequence_length // row_ranks,
         numbers=numbers,
         recompute=kind_of(config),
+        offload=config.offload,
         loss_chunk=config.loss_chunk,
         num_ranks=grid.size,
         expert_ranks=grid.expert,
@@ -68,7 +135,7 @@ def share_of(config: RunConfig, step: StepPlan, grid: Grid, numbers: Numbers) ->
 
 
 def kind_of(config: RunConfig) -> Kind:
-    """What is computed again; of a budget, which is divided among layers where a stage is entered, the most."""
+    """What is computed again of every layer; of a budget, by which each has its own (`kinds_of`), the most."""
     return config.recompute if isinstance(config.recompute, str) else "full"
 
 

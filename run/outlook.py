@@ -9,7 +9,7 @@ from run.device import Device
 from run.forecast import Forecast
 from run.metrics import clock, short
 from run.needs import gigabytes
-from run.step_time import Part
+from run.step_parts import Part
 
 Row = dict[str, str]
 

@@ -42,7 +42,14 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def printed(capsys: pytest.CaptureFixture[str], *overrides: str, **options: object) -> str:
-    defaults = {"ranks": None, "device": None, "rate": 1e9, "efficiency": None, "no_data": False, "ranks_per_node": None}
+    defaults = {
+        "ranks": None,
+        "device": None,
+        "rate": 1e9,
+        "efficiency": None,
+        "no_data": False,
+        "ranks_per_node": None,
+    }
     plan.main(argparse.Namespace(config=str(TINY), overrides=[TEXTS, *overrides], **(defaults | options)))
     return capsys.readouterr().out
 
@@ -80,9 +87,24 @@ def test_ranks_that_share_rows_and_what_they_send(capsys: pytest.CaptureFixture[
     assert "2 x CPU" in printed(capsys, ranks=2)
 
 
+def test_the_mesh_in_one_line_and_a_step_part_by_part(capsys: pytest.CaptureFixture[str]) -> None:
+    mesh = ("parallel.shard=2", "parallel.expert=4", "parallel.tensor=2", "model.attention.num_kv_heads=2")
+    said = printed(capsys, *mesh, "tokens_per_microbatch=128", ranks=8, ranks_per_node=4, device="h100", rate=None)
+    lines = said.splitlines()
+    assert lines[1] == "8 ranks = replicate 2 x shard 2 x tensor 2, on 2 nodes of 4; 4 neighbours share experts"
+    parts = [line.split("  ")[0] for line in said.split("\n\n")[3].splitlines()]
+    assert parts[0] == "a step of a rank" and {"attention", "experts", "shard", "tensor", "expert", "replicate"} <= set(
+        parts
+    )
+    assert parts[-3:] == ["all", "tokens a second, of a rank", "MFU"]
+    assert "hidden, sends" in said and "gathered" in said
+
+
 def test_the_fewest_ranks_divide_into_all_groups() -> None:
     config = load_config(TINY, ["context.stages.1.context=3", "parallel.expert=2"])
-    assert plan.fewest_ranks(config) == 6 and plan.fewest_ranks(load_config(TINY, [])) == 1
+    assert plan.fewest_ranks(config) == 6
+    cut = load_config(TINY, ["parallel={replicate=3,shard=2,tensor=2}", "model.attention.num_kv_heads=2"])
+    assert plan.fewest_ranks(cut) == 12 and plan.fewest_ranks(load_config(TINY, [])) == 1
 
 
 def test_another_device_and_what_does_not_fit_on_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +126,8 @@ def test_another_device_and_what_does_not_fit_on_it(capsys: pytest.CaptureFixtur
         (["context.stages.1.growth={kind = 'linear', start = 8}"], {}, "(?i)needle"),
         (["device=cuda"], {"ranks": 1}, "no NVIDIA GPU"),
         ([], {"device": "h300"}, "--device h300"),
+        ([], {"ranks_per_node": 0}, "--ranks-per-node 0: .*1 or more"),
+        (["parallel.shard=2", "parallel.expert=4"], {"ranks": 6}, "--ranks 6: .*shard=2, .*expert=4; give 4"),
         ([], {"rate": 0.0}, "--rate 0"),
         ([], {"rate": float("nan")}, "--rate nan"),
         ([], {"rate": float("inf")}, "--rate inf"),

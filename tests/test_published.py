@@ -4,7 +4,8 @@ import tomllib
 
 import pytest
 
-from benchmarks.published import DEVICES, FILE, Comparison, comparisons, main
+from benchmarks.published import DEVICES, FILE, Comparison, comparisons, main, shown
+from run.outlook import table
 
 EVERY = list(comparisons())
 
@@ -34,6 +35,12 @@ def test_a_row_says_where_it_is_from_and_what_is_assumed() -> None:
         tokens = each.row["rows"] * each.row["length"] * each.row["microbatches"]
         assert each.predicted.tokens_of_rank <= tokens, "ranks of one pipeline share tokens"
     assert DEVICES["h100_500w"].peak < DEVICES["h100"].peak
+
+
+def test_the_documents_show_the_table_as_it_is() -> None:
+    text = (FILE.parents[1] / "docs" / "planning.md").read_text()
+    for line in table([shown(each) for each in EVERY]):
+        assert line in text
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,14 @@ def test_ranks_exchange_gradients_in_one_piece_when_activations_are_gone() -> No
     assert needs(**few).total < needed.total and needs(num_ranks=2).total == needs().total
 
 
+def test_what_is_offloaded_is_here_for_two_layers_at_a_time() -> None:
+    plain, moved = (
+        needs("a wide layer below narrow ones", numbers=Numbers(2, "cuda"), offload=o) for o in (False, True)
+    )
+    assert moved.attention == int(plain.attention * 2 / 5) and moved.copies == plain.copies
+    assert needs(offload=True) == needs(), "on a CPU nothing moves"
+
+
 def test_methods_over_ranks_hold_what_their_names_say() -> None:
     by_method = {name: needs("dense", row_ranks=4, methods=(name,)).exchange for name in EXCHANGE}
     keys = (2 + 4) * 2 * 2 * 8  # a token's keys and values in bf16, and their gradients in fp32

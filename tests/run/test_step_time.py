@@ -17,7 +17,9 @@ from parallel.cost import Link, Links
 from parallel.mesh import Grid
 from run.device import PUBLISHED, Device
 from run.speeds import OURS, REPEATS, Speeds, alike
-from run.step_time import Job, Part, StepTime, Timer, step_time
+from run.step_parts import Job, Part, StepTime
+from run.step_time import step_time
+from run.timer import Timer
 from settings import validate
 
 V, T = 1000, 64
