@@ -173,6 +173,8 @@ class Checkpoints:
         self._load(content)
         self.latest_step = step_of(folder)
         self.keeping.verdicts[folder] = True
+        if self.peers.is_main:
+            self.keeping.tidy(folder)  # a run that was killed in its last save has no other save to do it
         return content.state
 
     def restore(self, folder: Path) -> dict[str, JSON]:

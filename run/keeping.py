@@ -70,6 +70,14 @@ class Keeping:
             shutil.rmtree(folder, ignore_errors=True)
             self.verdicts.pop(folder, None)
 
+    def tidy(self, newest: Path) -> None:
+        """Remove what a writer should have that died first; nothing is read where there is no more than may be.
+
+        newest: the checkpoint that has just been read, which is good.
+        """
+        if any(not self._stays(folder) for folder in folders(self.folder)[self.keep :]):
+            self.prune(newest)
+
     def _stays(self, folder: Path) -> bool:
         """Whether an old one stays for good; one that can no longer be read is left alone."""
         if self.keep_every and step_of(folder) % self.keep_every == 0:
