@@ -234,6 +234,16 @@ def test_what_is_offloaded_is_here_for_two_layers_at_a_time() -> None:
     assert needs(offload=True) == needs(), "on a CPU nothing moves"
 
 
+def test_shards_are_whole_for_two_layers_and_both_ends_at_a_time() -> None:
+    layer, ends = (32 * (4 + 2 * 2) * 8 + 4 * 8 * 32 + 3 * 32 * 96), 2 * VOCAB_SIZE * 32
+    cut = needs("dense", shard_ranks=2)
+    assert cut.gathered == 2 * layer * 2 + layer * (2 + 4) + ends * (4 + 4) and cut.copies == 0
+    assert needs("dense").gathered == 0 and needs("dense", shard_ranks=2, has_head=False).gathered < cut.gathered
+    own = needs(shard_ranks=2, expert_ranks=2)
+    assert own.copies == 2 * 3 * 32 * 40 * 4 // 2 * 2, "experts that no other rank has are not gathered"
+    assert needs(shard_ranks=2, expert_shard_ranks=2).copies == 0
+
+
 def test_methods_over_ranks_hold_what_their_names_say() -> None:
     by_method = {name: needs("dense", row_ranks=4, methods=(name,)).exchange for name in EXCHANGE}
     keys = (2 + 4) * 2 * 2 * 8  # a token's keys and values in bf16, and their gradients in fp32
