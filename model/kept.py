@@ -80,14 +80,6 @@ def kept(settings: ModelSettings, layer: int, kind: Kind, numbers: Numbers, rank
     return (_by_none if kind == "none" else _by_recomputed)(settings, layer, kind, numbers, ranks)
 
 
-def kept_by_layer(settings: ModelSettings, layer: int, numbers: Numbers, *, is_split: bool = False) -> LayerBytes:
-    return kept(settings, layer, "none", numbers, Ranks(rows=2 if is_split else 1))
-
-
-def kept_by_recomputed(settings: ModelSettings, layer: int, numbers: Numbers, *, is_split: bool = False) -> LayerBytes:
-    return kept(settings, layer, "ops", numbers, Ranks(rows=2 if is_split else 1))
-
-
 def _by_none(settings: ModelSettings, layer: int, _kind: Kind, numbers: Numbers, ranks: Ranks) -> LayerBytes:
     D, c, is_split = settings.width, numbers.itemsize, ranks.rows > 1
     attention = ATTENTION[settings.attention.kind](settings.attention, D, numbers, is_split)

@@ -2,6 +2,7 @@
 
 import torch
 
+from model.block import Offload
 from model.feed_forward import FeedForward
 from model.norm import RMSNorm
 from model.transformer import Transformer
@@ -9,6 +10,7 @@ from parallel.experts import split_experts
 from parallel.fsdp import cut_shards, shard
 from parallel.layout import Layout, Layouts, whole_layouts
 from parallel.mesh import Axis, Mesh, PipeliningSettings
+from parallel.offload import offload_layers
 from parallel.pipeline import split_layers
 from parallel.recompute import BudgetSettings, RecomputeSettings, recompute_layers
 from parallel.tensor import split_tensors
@@ -24,10 +26,12 @@ def parallelize(
     recompute: RecomputeSettings,
     dtype: torch.dtype = torch.float32,
     pipelining: PipeliningSettings = ONE_BY_ONE,
+    offload: Offload | None = None,
 ) -> Layouts:
     """Leave on this rank its part of everything, and say how all of it lies. dtype: of the run's products.
 
-    recompute: a budget's choice is made where a stage is entered; until then everything is run again.
+    recompute: a budget's choice is made where a stage is entered; until then everything is run again. offload: where
+    activations lie from forward to backward, if not where they are made.
     """
     layouts = whole_layouts(model)
     split_tensors(model, mesh, layouts)
@@ -38,6 +42,7 @@ def parallelize(
         cut_shards(model, mesh.grid, layouts)
     split_layers(model, mesh, pipelining, layouts)  # from here on only this rank's layers are here
     recompute_layers(model, "full" if isinstance(recompute, BudgetSettings) else recompute)
+    offload_layers(model, offload)
     if compile:
         compile_layers(model)
     shard(model, mesh, dtype)

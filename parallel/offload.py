@@ -185,6 +185,6 @@ def offload_layers(model: nn.Module, offload: Offload | None) -> None:
             block.offload = offload
 
 
-def build_offload(device: torch.device) -> HostMemory | None:
-    """None on CPUs, where activations lie in host memory anyway."""
-    return None if device.type == "cpu" else HostMemory(device, torch.get_device_module(device))
+def build_offload(device: torch.device, *, is_wanted: bool) -> HostMemory | None:
+    """None where it is not wanted, and on CPUs, where activations lie in host memory anyway."""
+    return None if device.type == "cpu" or not is_wanted else HostMemory(device, torch.get_device_module(device))

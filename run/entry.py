@@ -4,6 +4,7 @@ from context.stages import Stage
 from context.step_plan import StepPlan
 from model.transformer import Transformer
 from optim.groups import Optimizer
+from parallel.recompute import recompute_layers
 from parallel.sequence import split_attention
 from run.start import Run
 
@@ -22,7 +23,7 @@ def enter_stage(model: Transformer, optimizer: Optimizer, run: Run, step: StepPl
 
 def take_shape(model: Transformer, run: Run, stage: Stage) -> None:
     """Rotate as the stage says, and hold rows with as many ranks: attention reaches over them, batches are shared out
-    among the groups.
+    among the groups. Of each layer is computed again what its memory budget asks for there.
 
     The groups were made when the run started, for all stages: to make one takes all ranks at the same time.
     """
@@ -31,3 +32,5 @@ def take_shape(model: Transformer, run: Run, stage: Stage) -> None:
     if group is not run.row_group:
         run.row_group = group
         split_attention(model, group)
+    if stage.index in run.kinds:
+        recompute_layers(model, run.kinds[stage.index])

@@ -5,7 +5,7 @@ where each is from, and which runs they were taken from.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,6 +61,12 @@ REPEATS: dict[str, Repeats] = {
     "full": Repeats(products=1.0, attention=1.0, passes=1.0, exchange=0.5),  # tokens travel to experts again, not home
 }
 """By what a configuration calls it."""
+
+
+def mean_of(kinds: Sequence[str]) -> Repeats:
+    """Of layers that each have their own, as if all did the mean of it."""
+    repeats = [REPEATS[kind] for kind in kinds]
+    return Repeats(**{name: sum(getattr(each, name) for each in repeats) / len(repeats) for name in vars(NONE)})
 
 
 @dataclass(frozen=True)

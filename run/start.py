@@ -5,7 +5,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from context.stages import Stage
 from evals.ranks import Ranks
+from model.block import Kind
 from model.size import Size
 from parallel.layout import Layouts
 from parallel.mesh import Grid, Mesh, build_mesh
@@ -55,6 +56,8 @@ class Run:
     """Who shares what, `world` being all ranks of it; left out, all of them hold the same."""
     layouts: Layouts = field(default_factory=dict)
     """How the model lies on them, once it does."""
+    kinds: dict[int, Sequence[Kind]] = field(default_factory=dict)
+    """By stage, what of each layer is computed again, where a memory budget decides it."""
     guard: Guard = field(init=False)
     """Which steps may change the weights."""
     watchdog: Watchdog = field(init=False)

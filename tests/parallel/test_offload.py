@@ -264,4 +264,4 @@ def test_little_is_in_the_air_at_a_time() -> None:
 
 
 def test_on_a_cpu_nothing_moves() -> None:
-    assert build_offload(CPU) is None
+    assert build_offload(CPU, is_wanted=True) is None
