@@ -11,6 +11,7 @@ from torch import Tensor
 import train
 from model.transformer import Transformer
 from optim.groups import Optimizer
+from parallel.gradients import Parameters
 from run.config import RunConfig, load_config
 from run.start import Run
 
@@ -34,10 +35,11 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: Mapping[int, Edit]) -> None:
         now[0] = arguments[3].end_tokens // TOKENS_PER_STEP
         return whole_step(*arguments)
 
-    def sum_and_edit(parameters: Mapping[str, Tensor], *arguments: Any) -> None:
+    def sum_and_edit(parameters: Parameters, *arguments: Any) -> None:
         whole_sum(parameters, *arguments)
-        if now[0] in steps:
-            steps[now[0]](parameters["embedding.weight"].grad)
+        gradient = parameters["embedding.weight"].grad
+        if now[0] in steps and gradient is not None:
+            steps[now[0]](gradient)
 
     monkeypatch.setattr(train, "train_step", step_of_known_number)
     monkeypatch.setattr(train, "sum_gradients", sum_and_edit)

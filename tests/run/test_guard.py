@@ -230,6 +230,7 @@ def test_after_a_roll_back_it_is_as_if_all_steps_since_the_checkpoint_had_been_s
     assert list(state) == ["step_00000008", "step_00000011", "step_00000012"], "what was decided is saved at once"
     assert state["step_00000012"]["roll_backs"] == 1 and state["step_00000012"]["passed_over"][0][:2] == [9, 11]
     assert "rolled back to step 8" in rows("back")[10]["skip_reason"]
+    assert state["step_00000011"]["history"] == state["step_00000008"]["history"], "the window went back too"
 
 
 def test_a_run_killed_in_the_middle_of_a_roll_back_ends_in_the_same_numbers(
@@ -288,17 +289,19 @@ def take_steps(
     """Which of some steps changed this rank's weights or biases, by what it saw of their loss and gradient norm."""
     guard_module.can_skip_on_device = lambda *_: is_deferred
     router, model = a_router(), nn.Linear(3, 3)
-    nn.init.zeros_(router.bias_E)
+    bias_E = router.bias_E
+    assert bias_E is not None
+    bias_E.zero_()
     optimizer = build_optimizer(model, AdamWSettings(learning_rate=0.1))
     guard, changed = Guard(GuardSettings(spike=spike), world), []
     for loss, norm in seen:
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
-        before = [model.weight.detach().clone(), router.bias_E.clone()]
-        counts_LE = torch.arange(len(router.bias_E))[None]
+        before = [model.weight.detach().clone(), bias_E.clone()]
+        counts_LE = torch.arange(len(bias_E))[None]
         move = partial(update_biases, [router], counts_LE, [BiasBalanceSettings()])
         guard.update(optimizer, torch.tensor(loss), torch.tensor(norm), [router], move)
-        after = [model.weight, router.bias_E]
+        after = [model.weight, bias_E]
         same = [torch.equal(*pair) for pair in zip(before, after, strict=True)]
         assert len(set(same)) == 1, "the bias is moved with the weights, or not at all"
         changed.append(not same[0])

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from run.spikes import History, SpikeSettings, mean_and_deviation
@@ -26,6 +26,7 @@ def is_spike(made: History, number: float) -> bool:
     return made.spike({"loss": number, "gradient_norm": 1e30}) is not None
 
 
+@settings(deadline=None)
 @given(WINDOWS, st.floats(0.5, 20))
 def test_a_spike_is_what_is_so_many_deviations_above_the_mean(numbers: list[float], deviations: float) -> None:
     made = history(numbers, deviations=deviations)
@@ -35,11 +36,13 @@ def test_a_spike_is_what_is_so_many_deviations_above_the_mean(numbers: list[floa
     assert not is_spike(made, mean) and not is_spike(made, 0.0), "what is low is none"
 
 
+@settings(deadline=None)
 @given(NUMBERS, st.integers(2, 200))
 def test_a_number_that_stays_the_same_is_none(number: float, count: int) -> None:
     assert not is_spike(history([number] * count), number)
 
 
+@settings(deadline=None)
 @given(WINDOWS, st.randoms(), NUMBERS)
 def test_the_order_of_the_window_is_no_matter(numbers: list[float], random: object, number: float) -> None:
     shuffled = list(numbers)
@@ -47,12 +50,14 @@ def test_the_order_of_the_window_is_no_matter(numbers: list[float], random: obje
     assert is_spike(history(numbers), number) == is_spike(history(shuffled), number)
 
 
+@settings(deadline=None)
 @given(WINDOWS, st.lists(NUMBERS, max_size=30), NUMBERS)
 def test_only_the_window_counts(numbers: list[float], earlier: list[float], number: float) -> None:
     window = len(numbers)
     assert is_spike(history(earlier + numbers, window), number) == is_spike(history(numbers, window), number)
 
 
+@settings(deadline=None)
 @given(WINDOWS, st.integers(2, 80), NUMBERS)
 def test_nothing_is_judged_before_half_a_window(numbers: list[float], window: int, number: float) -> None:
     if len(numbers) < max(2, window // 2):
@@ -61,6 +66,7 @@ def test_nothing_is_judged_before_half_a_window(numbers: list[float], window: in
         assert is_spike(history(numbers, window), 1e30)
 
 
+@settings(deadline=None)
 @given(WINDOWS, st.lists(NUMBERS, max_size=10), NUMBERS)
 def test_it_comes_back_from_json_with_the_same_judgement(
     numbers: list[float], later: list[float], number: float

@@ -19,7 +19,7 @@ from run.watchdog import Watchdog, WatchdogSettings
 from tests.run.poison import TINY
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 10
+LIMIT = 15
 FAST = (f"watchdog.seconds={LIMIT}", "evals.every_tokens=6144", "checkpoint.every_steps=3", "trial=false")
 
 STALL = """
