@@ -19,15 +19,18 @@ from parallel.apply import parallelize
 from parallel.fsdp import sync_replicas
 from parallel.gradients import clip_gradients, named_parameters, norm_over_ranks, sum_gradients
 from parallel.matrices import parts_of
+from parallel.offload import build_offload
 from parallel.sequence import split_attention
 from run.branch import begin_branch, find_origin
 from run.checkpoint import Checkpoints
-from run.config import RunConfig, load_config, rate_of_step, rows_of_step, show
+from run.config import RunConfig, load_config, rate_of_step, show
 from run.demand import demand_of
 from run.entry import enter_stage
 from run.exam import Examiner
 from run.initial import first_weights
 from run.microbatches import count_tokens, cut_of, forward, loss_of, split, take_step, tell_plan, watch_choices
+from run.pipeline_pass import check_step
+from run.pipeline_step import pipeline_step
 from run.record import Progress, Recorder, StepReport
 from run.start import Run, leave, refusing, start
 from run.trial import try_batches
@@ -43,14 +46,23 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
         batches = Batches(config.data, seed=config.seed, rank=run.groups.rank, world_size=run.groups.size)
     for step in stages.first_steps():
         batches.check(demand_of(step, batches))
-        rows_of_step(config, step, run.num_groups(step.stage))
+        check_step(config, step, run.num_groups(step.stage))
     materials = Materials(batches.tokenizer, batches.all_held_out(), run.device, run.autocast, ranks=run.askers)
     for line in check_suite(config.evals, materials):
         run.say(line)
     origin = find_origin(run, batches.fingerprint)
     tell_plan(batches, stages, run)
     model = build_model(config.model, batches.tokenizer.vocab_size)
-    run.layouts = parallelize(model, run.mesh, compile=config.compile, recompute=config.recompute, dtype=run.dtype)
+    offload = build_offload(run.device, is_wanted=config.offload)
+    run.layouts = parallelize(
+        model,
+        run.mesh,
+        compile=config.compile,
+        recompute=config.recompute,
+        dtype=run.dtype,
+        pipelining=config.parallel.pipelining,
+        offload=offload,
+    )
     first_weights(run, model, batches.tokenizer)
     split_attention(model, run.row_group)
     try_layers(model, stages.at(0), run)
@@ -67,7 +79,7 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     if origin:
         examiner.enter_branch(progress)
 
-    report = None
+    report, take = None, train_step if run.mesh.grid.pipeline == 1 else pipeline_step
     while progress.tokens < config.total_tokens and not run.should_stop() and not examiner.stops:
         step = stages.step(progress.tokens)
         progress = Progress(progress.step + 1, step.end_tokens)
@@ -75,7 +87,7 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
         microbatches = split(take_step(batches, step, run), step, run)
         optimizer.set_learning_rate(rate_of_step(config, step))
         with recorder.profile(progress):
-            report = train_step(model, optimizer, microbatches, step, run)
+            report = take(model, optimizer, microbatches, step, run)
         run.guard.after(progress.step, step, optimizer, checkpoints)
         recorder.record(progress, step, report, optimizer.learning_rate)
         examiner.after(step, progress)

@@ -11,6 +11,7 @@ from context.step_plan import StepPlan
 from data.batches import Batch
 from model.transformer import Transformer
 from moe.routing import RoutingStats, TokenFacts
+from parallel.fsdp import reshard
 from parallel.pipeline import check_microbatches
 from parallel.pipeline_part import Part
 from parallel.pipeline_schedule import Pipeline, visiting
@@ -69,6 +70,8 @@ def forward_pass(
         return hidden_BTD
 
     pipeline.forward(visit, len(microbatches), shape_of(microbatches[0], run))
+    for part in pipeline.parts:
+        reshard(part)
 
 
 def rehearse(model: Transformer, microbatches: Sequence[Batch], run: Run, window: int | None) -> None:

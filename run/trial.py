@@ -20,6 +20,7 @@ from run.demand import demand_of
 from run.entry import take_shape
 from run.microbatches import forward, loss_of, split
 from run.needs import gigabytes, kind_of, needs_of
+from run.pipeline_pass import num_to_rehearse, rehearse
 from run.start import Run
 from settings import Refusal
 
@@ -62,14 +63,18 @@ def largest_steps(run: Run, tokens: int) -> list[StepPlan]:
 
 
 def forward_and_backward(model: Transformer, batches: Batches, run: Run, step: StepPlan) -> None:
-    """Of one micro-batch of the step's shape, as in training."""
+    """Of one micro-batch of the step's shape, as in training, or of as many as fill a pipeline."""
     num_rows, groups, demand = _num_rows(run, step), run.groups, demand_of(step, batches)
-    rows = batches.take(demand, 0, num_rows * groups.size, num_rows, groups.rank, groups.size)
-    (batch,) = (batch.to(run.device) for batch in split(rows, step, run))
+    number = num_to_rehearse(run, step) if run.mesh.grid.pipeline > 1 else 1
+    rows = batches.take(demand, 0, num_rows * groups.size * number, num_rows, groups.rank, groups.size)
+    microbatches = [batch.to(run.device) for batch in split(rows, step, run)]
     # Compiled kernels depend on which shapes came first: they are left to the run itself.
     with torch.compiler.set_stance("force_eager") if run.config.compile else nullcontext():
-        hidden_BTD, _ = forward(model, batch, run, step.window)
-        loss_of(model, hidden_BTD, batch, run).weighted.backward()
+        if run.mesh.grid.pipeline > 1:
+            rehearse(model, microbatches, run, step.window)
+        else:
+            hidden_BTD, _ = forward(model, microbatches[0], run, step.window)
+            loss_of(model, hidden_BTD, microbatches[0], run).weighted.backward()
 
 
 @contextmanager

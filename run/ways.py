@@ -8,6 +8,8 @@ from attention.kinds import AnyAttention
 from context.stages import Stage
 from model.kept import Numbers
 from model.transformer import Transformer
+from parallel.fsdp import reshard
+from parallel.pipeline import roots_of
 from parallel.recompute import BudgetSettings, in_words
 from parallel.sequence import split_attention
 from run.needs import kinds_of
@@ -26,6 +28,8 @@ def try_layers(model: Transformer, stage: Stage, run: Run) -> None:
         try_parts(model, stage, run)
     else:
         try_one(model, run)
+    for root in roots_of(model):
+        reshard(root)  # or the optimizer would be given what was gathered
     for size, group in run.row_groups.items():
         split_attention(model, group)
         over = f" over {size} ranks" if size > 1 else ""
