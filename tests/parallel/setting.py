@@ -17,8 +17,8 @@ from parallel.apply import parallelize
 from parallel.gradients import named_parameters
 from parallel.layout import local
 from parallel.matrices import parts_of
-from parallel.mesh import build_mesh
-from parallel.sequence import build_row_groups, split_attention
+from parallel.mesh import Mesh, build_mesh
+from parallel.sequence import RowGroup, build_row_groups, split_attention
 from parallel.whole import fill, gather
 from parallel.world import World
 from run.config import RunConfig, load_config
@@ -59,6 +59,19 @@ def batches_of(data: DataSettings, world: World) -> Batches:
     return _BATCHES[key]
 
 
+_MESHES: dict[str, tuple[Mesh, dict[int, RowGroup]]] = {}
+
+
+def mesh_of(config: RunConfig, world: World) -> tuple[Mesh, dict[int, RowGroup]]:
+    """Each once, as making groups takes long; all ranks ask for the same ones in the same order."""
+    parallel, sizes = config.parallel, config.all_row_ranks
+    key = f"{parallel!r} {sizes} {world}"
+    if key not in _MESHES:
+        mesh = build_mesh(parallel, sizes, world, CPU)
+        _MESHES[key] = mesh, build_row_groups(parallel.sequence, sizes, mesh)
+    return _MESHES[key]
+
+
 class Setting:
     """All that one optimizer step needs. Routers start far from an even load."""
 
@@ -68,8 +81,7 @@ class Setting:
         dist.barrier()
         self.config: RunConfig = load_config(TINY, list(overrides))
         config, parallel = self.config, self.config.parallel
-        mesh = build_mesh(parallel, config.all_row_ranks, world, CPU)
-        groups = build_row_groups(parallel.sequence, config.all_row_ranks, mesh)
+        mesh, groups = mesh_of(config, world)
         group = groups[config.row_ranks(config.stages[0])]
         self.run = Run(config, Path("runs/none"), CPU, dtype, world, group, groups, mesh)
         self.batches = batches_of(config.data, self.run.groups)

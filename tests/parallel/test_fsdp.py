@@ -181,16 +181,42 @@ def pass_both_ways(setting: Setting, batch: Any = None) -> tuple[Tensor, Tensor,
 
 
 class Sent(TorchDispatchMode):
-    """How often ranks send meanwhile, by what."""
+    """How often ranks send meanwhile, by what; and how many bytes come to each in all that is gathered."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.gathered = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
-            self.counts[function._schema.name.removeprefix("c10d::").strip("_")] += 1
+            name = function._schema.name.removeprefix("c10d::").strip("_")
+            self.counts[name] += 1
+            self.gathered += args[0].nbytes if name == "allgather_base" else 0
         return function(*args, **(kwargs or {}))
+
+
+def case_what_products_take_is_sent_in_half_the_bytes() -> None:
+    """Weights of attention and feed-forwards; routers, norms between them, embedding and head in fp32."""
+    sent_in: dict[torch.dtype, int] = {}
+    size = dist.get_world_size()
+    for dtype in (torch.float32, torch.bfloat16):
+        own = Setting(this_world(), *WIDE, f"parallel.shard={size}", dtype=dtype)
+        batch = own.microbatches(0)[0]
+        with torch.no_grad(), Sent() as sent:
+            forward(own.model, batch, own.run)
+        sent_in[dtype] = sent.gathered
+    kept = ("embedding", "head.", "norm.weight", "router")
+    halved = {
+        name: layout.shape.numel()
+        for name, layout in own.run.layouts.items()
+        if "head_" in name or "query_norm" in name or "key_norm" in name or not any(each in name for each in kept)
+    }
+    total = sum(parameter.numel() for parameter in own.model.parameters())
+    assert any("experts" in name for name in halved) and any("attention.query" in name for name in halved)
+    # A little is padding, where parts are uneven.
+    assert abs(sent_in[torch.float32] / (4 * total) - 1) < 0.01
+    assert abs(sent_in[torch.bfloat16] / (4 * total - 2 * sum(halved.values())) - 1) < 0.01
 
 
 def case_replicas_add_up_once_a_step_and_shards_with_each_micro_batch() -> None:
