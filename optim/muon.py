@@ -26,7 +26,7 @@ class MuonOverRanks(torch.optim.Muon):
         self._gather, self._take = gather, take
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure, so no loss
         """One step of every matrix that has a gradient; all ranks take them in the same order."""
         assert closure is None
         for group in self.param_groups:
