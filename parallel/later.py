@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 
 from model.loss import product_dtype
 from moe.experts import Experts
@@ -55,6 +56,21 @@ def leave_weights(module: nn.Module, later: Later) -> None:
             each.forward = partial(_linear, each, later)
         elif isinstance(each, Experts):
             each.later = later
+
+
+def add_up_in_full(module: nn.Module) -> None:
+    """Move gradients that were made outside autograd to where FSDP adds them up, in the precision that it sums in.
+
+    It does so itself behind each backward pass; what is made after the last one would be left in the weights' own.
+    """
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            state: Any = each._get_fsdp_state()
+            # One group a module until torch 2.12, where it may have several.
+            groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+            for parameter in (parameter for group in groups if group for parameter in group.fsdp_params):
+                parameter.accumulate_unsharded_grad_if_needed()
+                parameter.to_accumulated_grad_if_needed()
 
 
 def _linear(layer: nn.Linear, later: Later, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.distributed.pipelining import (
     ScheduleLoopedBFS,
 )
 
+from parallel.later import add_up_in_full
 from parallel.pipeline_part import Part
 
 Visit = Callable[[Part, Tensor | None, int], Tensor]
@@ -123,6 +124,11 @@ class Stage(PipelineStage):
         super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         if self.has_backward:
             self._give_back(self.grad_recv_info[bwd_chunk_id])
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        """See torch."""
+        super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+        add_up_in_full(self.submod)
 
     def _make_room(self, received: Sequence[Any], *, needs_gradient: bool = False) -> None:
         for each in _buffers(received):

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -149,6 +150,18 @@ def case_with_another_axis() -> None:
             axes = ("parallel.pipeline=2", f"parallel.{axis}=2")
             assert_same(axis, EVERYTHING, axes, steps=5)
             assert_same(f"{axis}, {schedule}", EVERYTHING, (*axes, *schedule), steps=2)
+
+
+def case_gradients_that_wait_in_low_precision() -> None:
+    """Beside shards, whose gradients FSDP sums in fp32 whenever they are made."""
+    if dist.get_world_size() == 4:
+        alone = Setting(World(), *EVERYTHING, dtype=torch.bfloat16)
+        axes = ("parallel.pipeline=2", "parallel.shard=2", ZERO_BUBBLE, parts_per_rank(2), GROUPED)
+        own = Setting(this_world(), *EVERYTHING, *axes, dtype=torch.bfloat16)
+        for number in range(2):
+            (loss, norm, _), (our_loss, our_norm, _) = numbers(alone.step(number)), numbers(own.step(number))
+            assert_close("loss", our_loss, loss, 1e-4)
+            assert_close("norm", our_norm, norm, 1e-3)
 
 
 def case_three_axes() -> None:
