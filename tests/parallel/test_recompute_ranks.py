@@ -7,11 +7,18 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from attention.mask import Documents, Mask
 from model.block import Kind
+from model.kept import Numbers
+from model.memory import Share, memory
+from parallel.offload import offload_layers
 from parallel.recompute import KINDS
+from tests.model.alive import Alive
 from tests.parallel.setting import Setting, assert_close, this_world
+from tests.parallel.test_offload import Watched
 
 MODEL = (
     "tokens_per_microbatch=128",
@@ -84,6 +91,21 @@ def case_gradients_and_counts_are_those_of_what_is_kept() -> None:
                 assert_close(f"{name}, {kind}: {parameter}", gradient, expected[parameter])
 
 
+def case_sharded_layers_keep_activations_in_host_memory_and_no_weights() -> None:
+    expected = step(WAYS["sharded"], "none")[0].gradients()
+    for kind in KINDS:
+        setting, memory = Setting(this_world(), *MODEL, *WAYS["sharded"], f"recompute={kind}"), Watched(smallest=1)
+        weights = [value for value in setting.whole(setting.parts()).values() if value.dim() > 1]
+        offload_layers(setting.model, memory)
+        setting.step(0)
+        for name, gradient in setting.gradients().items():
+            assert_close(f"offload, {kind}: {name}", gradient, expected[name])
+        assert memory.left
+        for left in memory.left:
+            turned = (form for weight in weights for form in (weight, weight.mT))
+            assert not any(left.shape == form.shape and torch.equal(left, form) for form in turned), left.shape
+
+
 def case_tokens_travel_to_experts_once() -> None:
     """Two layers in two micro-batches: rows and gates go again where nothing of them is kept, the sums never do."""
     way = (*WAYS["experts shared"], UNCOUNTED)
@@ -97,6 +119,27 @@ def case_keys_come_from_other_ranks_once() -> None:
         none, ops, full = (step(WAYS[name], kind)[2] for kind in KINDS)
         assert ops == none, f"{name}: {ops}, not {none}"
         assert full.total() > none.total(), f"{name}: attention is run again"
+
+
+def case_what_is_kept_on_ranks_that_share_experts_is_counted_to_a_thousandth() -> None:
+    """Each token has three of four experts, and so goes to both ranks: as many come as can. One has more slots than
+    the other; of both, the mean is told."""
+    way = (*WAYS["experts shared"], "model.moe.experts_per_token=3", UNCOUNTED, "model.moe.null_experts=none")
+    found: dict[Kind, int] = {}
+    for kind in KINDS:
+        setting = Setting(this_world(), *MODEL, *way, f"recompute={kind}")
+        model, tokens_BT = setting.model, torch.arange(8 * 64).view(8, 64) * 7 % setting.model.vocab_size
+        mask = Mask(documents=Documents((64,) * 8))
+        with torch.no_grad():
+            model(tokens_BT, mask=mask)
+        with Alive([*model.parameters(), *model.buffers(), tokens_BT]) as alive:
+            answer = model(tokens_BT, mask=mask)
+        share = Share(tokens_BT.numel(), Numbers(4, "cpu"), kind, num_ranks=2, expert_ranks=2)
+        counted = memory(setting.config.model, model.vocab_size, "adamw", share).activations
+        found[kind] = int(this_world().sum(torch.tensor(alive.bytes))) // 2
+        assert answer
+        assert counted == pytest.approx(found[kind], rel=2e-3), f"{kind}: {counted}, not {found[kind]}"
+    assert found["full"] < found["ops"] < found["none"]
 
 
 CASES = [name for name in globals() if name.startswith("case_")]
