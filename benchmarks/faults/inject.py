@@ -33,13 +33,13 @@ def spoiled_gradient(step: int, factor: float, microbatches: int, rank: int = 0)
 
 
 def turned_weights(step: int) -> Callable[[], None]:
-    """After `step`, every matrix changes its sign, on all ranks: the next losses are far above the last."""
+    """After `step`, every matrix is turned around and far too large, on all ranks: so is the next loss."""
 
     def turn(parameters: list[torch.Tensor]) -> None:
         with torch.no_grad():
             for parameter in parameters:
                 if parameter.ndim > 1:
-                    parameter.neg_()
+                    parameter.mul_(-20.0)
 
     return lambda: _once_at(step, turn)
 
