@@ -148,7 +148,7 @@ def case_experts() -> None:
         return out_BtD, share * stats.logits_NE.logsumexp(1).square().sum()
 
     for router in ("softmax", "sigmoid"):
-        for null_experts in (None, {"count": 2}):
+        for null_experts in (None, {"count": 2}, {"count": 2, "output": "copy"}):
             settings = MoESettings.model_validate(
                 {
                     "num_experts": 6,
