@@ -27,13 +27,17 @@ BackendName = Annotated[str, AfterValidator(_known)]
 """What a configuration may say: "auto", or one of the table."""
 
 
+MOST_HEADS, MOST_CHANNELS = 10_000, 1_000_000
+"""Bounds under which the sizes of all tensors are numbers."""
+
+
 class AttentionSettings(Section):
     """Grouped-query attention: as many key/value heads as query heads is multi-head, one is multi-query."""
 
     kind: Literal["grouped"] = "grouped"
-    num_heads: int = Field(ge=1)
-    num_kv_heads: int = Field(ge=1)
-    channels: int | None = Field(default=None, ge=1)
+    num_heads: int = Field(ge=1, le=MOST_HEADS)
+    num_kv_heads: int = Field(ge=1, le=MOST_HEADS)
+    channels: int | None = Field(default=None, ge=1, le=MOST_CHANNELS)
     """Channels per head; left out: width // num_heads."""
     window: int | None = Field(default=None, ge=1)
     """Tokens that a layer of pattern "window" sees back, itself included."""

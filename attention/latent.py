@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attention.attend import Kept
 from attention.attending import Attending
-from attention.attention import BackendName, HeadNorm, Rotation
+from attention.attention import MOST_CHANNELS, MOST_HEADS, BackendName, HeadNorm, Rotation
 from attention.cache import LayerCache, Room
 from attention.contract import Needs
 from attention.mask import Mask
@@ -24,16 +24,16 @@ class LatentSettings(Section):
     """Sizes as DeepSeek-V3 has them: 128 heads, query_rank 1536, latent_rank 512, channels 128, 64 and 128."""
 
     kind: Literal["latent"] = "latent"
-    num_heads: int = Field(ge=1)
-    query_rank: int | None = Field(default=None, ge=1)
+    num_heads: int = Field(ge=1, le=MOST_HEADS)
+    query_rank: int | None = Field(default=None, ge=1, le=MOST_CHANNELS)
     """Queries are made of a normalised vector of so many channels; left out, of the token itself."""
-    latent_rank: int = Field(ge=1)
+    latent_rank: int = Field(ge=1, le=MOST_CHANNELS)
     """Channels of the normalised vector that keys and values are made of."""
-    nope_channels: int = Field(ge=1)
+    nope_channels: int = Field(ge=1, le=MOST_CHANNELS)
     """Channels of a query or key head that are not rotated."""
-    rope_channels: int = Field(ge=2)
+    rope_channels: int = Field(ge=2, le=MOST_CHANNELS)
     """Channels of a query head that are rotated; the key has them once for all heads."""
-    value_channels: int = Field(ge=1)
+    value_channels: int = Field(ge=1, le=MOST_CHANNELS)
     window: int | None = Field(default=None, ge=1)
     """Tokens that a layer of pattern "window" sees back, itself included."""
     backend: BackendName = "auto"

@@ -51,7 +51,7 @@ def turned_channels(spec: RotarySpec, channels: int) -> int:
     share = getattr(spec, "share", None)
     turned = channels if share is None else int(channels * share)
     if turned < 2 or turned % 2:
-        what, way_out = f"channels={channels}", f"try {channels + 1}"
+        what, way_out = f"channels={channels}", f"try model.attention.channels={channels + 1}"
         if share is not None:
             near = max(2, 2 * round(channels * share / 2))
             what, way_out = f"share={share} of channels={channels}, {turned},", f"try share={near / channels:g}"

@@ -31,7 +31,7 @@ class LinearGrowth(Section):
     kind: Literal["linear"] = "linear"
     start: int = Field(ge=1, le=LONGEST)
     """Tokens of a row at the stage's first step; a multiple of `granularity`."""
-    granularity: int = Field(default=1, ge=1)
+    granularity: int = Field(default=1, ge=1, le=LONGEST)
     """Lengths before the stage's own are multiples of it."""
 
     @model_validator(mode="after")

@@ -61,9 +61,4 @@ def check_length(key: str, length: int, tokens_per_step: int, step_key: str = "t
         return
     below, above = nearest_divisors(tokens_per_step, length)
     lengths = " or ".join(str(near) for near in (below, above) if near)
-    down = tokens_per_step // length * length
-    steps = " or ".join(str(tokens) for tokens in (down, down + length) if tokens)
-    raise Refusal(
-        f"{key}={length} must divide {step_key}={tokens_per_step}; "
-        f"try {key.rpartition('.')[2]} {lengths}, or {step_key.rpartition('.')[2]} {steps}"
-    )
+    raise Refusal(f"{key}={length} must divide {step_key}={tokens_per_step}; try {key.rpartition('.')[2]} {lengths}")

@@ -161,8 +161,8 @@ def check_stage(stage: Stage) -> None:
     if stage.num_tokens <= 0:
         raise Refusal(
             f"{stage.key}.until_tokens={stage.settings.until_tokens} leaves the stage no step: it begins at "
-            f"{stage.start_tokens} tokens and a step takes {stage.tokens_per_step}; use {stage.start_tokens + 1} or "
-            "more, or drop the stage"
+            f"{stage.start_tokens} tokens and a step takes {stage.tokens_per_step}; end it later, take smaller steps, "
+            "or drop it"
         )
     _ = stage.lengths  # refuses a growth that cannot be
     rate = stage.settings.learning_rate

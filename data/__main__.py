@@ -11,22 +11,14 @@ from data.prepare import HELD_OUT_SHARE, prepare_or_reuse
 from data.prepared import SPLITS, Manifest, read_manifest, verify
 from data.shards import Shard
 from data.tokenizer import BpeSettings, ByteSettings, build_tokenizer, train_bpe
-from settings import Refusal
+from run.start import refusing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 on success, 2 with one message for what the user can mend, 130 when interrupted."""
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
-    try:
-        command(options)
-    except Refusal as refusal:
-        print(f"refused: {refusal}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped: nothing was left half made", file=sys.stderr)
-        return 130
-    return 0
+    return refusing(lambda: command(options))
 
 
 def prepare_command(options: argparse.Namespace) -> None:

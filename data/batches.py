@@ -53,7 +53,10 @@ class Batches:
 
     def __init__(self, settings: DataSettings, *, seed: int, rank: int = 0, world_size: int = 1) -> None:
         self.settings = settings
-        self.tokenizer: Tokenizer = build_tokenizer(settings.tokenizer)
+        try:
+            self.tokenizer: Tokenizer = build_tokenizer(settings.tokenizer)
+        except Refusal as refusal:
+            raise Refusal(f"data.tokenizer: {refusal}") from None
         self.names: tuple[str, ...] = tuple(settings.sources)
         self.world_size = world_size
         self.rank = rank
@@ -154,6 +157,11 @@ class Batches:
         if not taken:
             return []
         rows = interleave(taken, len(part_R), demand.sequence_length)
+        if rows.tokens_RT.max() >= self.tokenizer.vocab_size:  # shards that are too large to be read whole
+            raise Refusal(
+                f"{demand.where}data.sources: has id {rows.tokens_RT.max()}, the tokenizer {self.tokenizer.vocab_size} "
+                "ids; `python -m data verify` names the folder"
+            )
         keys_R = counted(derive(self._seed, "rows", *demand.key_parts), first_sample + row_R).view(np.int64)
         source_R = np.array([part.which for part in mix.parts])[part_R]
         return cut(rows, demand, source_R, row_R, keys_R, rows_per_microbatch)

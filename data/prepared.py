@@ -80,13 +80,14 @@ class Prepared:
             )
         digests = _check_files(folder, self.manifest, read_whole)
         self.fingerprint = hashlib.sha256("".join(digests).encode()).hexdigest()
-        self.train, self.held_out = (Shard(folder / split) for split in SPLITS)
+        self.train, self.held_out = _open_shards(folder, self.manifest, read_whole)
 
 
 def verify(folder: Path) -> Manifest:
     """Read every file of a prepared folder whole and compare its digest; Refusal naming the file that differs."""
     manifest = read_manifest(folder)
     _check_files(folder, manifest, read_whole=True)
+    _open_shards(folder, manifest, read_whole=True)
     return manifest
 
 
@@ -119,6 +120,23 @@ def read_manifest(folder: Path) -> Manifest:
 def is_empty(folder: Path) -> bool:
     """Whether nothing is there: no such folder, or one without files."""
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _open_shards(folder: Path, manifest: Manifest, read_whole: bool) -> list[Shard]:
+    """The shards of both splits; refused where they are not what the manifest says of them."""
+    shards, vocab_size = [], manifest["tokenizer"]["vocab_size"]
+    for split in SPLITS:
+        shard, facts = Shard(folder / split), manifest["splits"][split]
+        found, said = (shard.num_documents, shard.num_tokens), (facts["documents"], facts["tokens"])
+        if found != said:
+            raise Refusal(
+                f"{folder / split}: holds {found[0]} documents of {found[1]} tokens, its manifest says {said[0]} of "
+                f"{said[1]}; {anew(folder)}"
+            )
+        if read_whole or shard.tokens.nbytes < READ_WHOLE_BELOW:
+            shard.check_ids(vocab_size)
+        shards.append(shard)
+    return shards
 
 
 def _check_files(folder: Path, manifest: Manifest, read_whole: bool) -> list[str]:

@@ -26,7 +26,7 @@ class PublishedSettings(Section):
     """A tokenizer.json."""
     end_of_text: str
     """The token that closes a document, such as "</s>"."""
-    vocab_size: int | None = Field(default=None, gt=0)
+    vocab_size: int | None = Field(default=None, gt=0, le=1 << 24)
     """Ids that the model has, where they are more than the tokenizer's: published ones are often padded."""
 
 

@@ -30,7 +30,7 @@ class RecallSettings(Section):
     """Share of the rows, against the other sources' weights."""
     answer_weight: float = Field(default=1.0, gt=0, le=1e6)
     """Loss weight of each token of the value that is asked for; every other token has 1."""
-    needles: int = Field(default=1, ge=1)
+    needles: int = Field(default=1, ge=1, le=100_000)
     """Needles in a sample; the last line asks for one of them."""
     fractions: tuple[float, ...] = (0.25, 0.375, 0.5, 0.75, 1.0, 1.0)
     """Sample lengths as shares of the sequence length, one drawn for each row: short samples teach first."""

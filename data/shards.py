@@ -91,6 +91,14 @@ class Shard:
     def num_tokens(self) -> int:
         return int(self.offsets[-1])
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Refuse ids that the vocabulary does not have; reads all tokens."""
+        lowest, highest = int(self.tokens.min(initial=0)), int(self.tokens.max(initial=0))
+        if lowest < 0 or highest >= vocab_size:
+            odd = lowest if lowest < 0 else highest
+            where = bin_of(self.prefix)
+            raise Refusal(f"{where}: has id {odd} in a vocabulary of {vocab_size}; {anew(where.parent)}")
+
     def document(self, number: int) -> np.ndarray:
         """All tokens of one document."""
         return self.tokens[self.offsets[number] : self.offsets[number + 1]]
@@ -157,7 +165,10 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
         raise Refusal(
             f"{path}: version {version}, dtype code {code}, {count} documents cannot be read; {anew(path.parent)}"
         )
-    return CODES[code], np.frombuffer(data, dtype="<i4", count=count, offset=HEAD.size).astype(np.int64)
+    lengths = np.frombuffer(data, dtype="<i4", count=count, offset=HEAD.size).astype(np.int64)
+    if lengths.min(initial=0) < 0:
+        raise Refusal(f"{path}: document {int(lengths.argmin())} has {lengths.min()} tokens; {anew(path.parent)}")
+    return CODES[code], lengths
 
 
 def _map_tokens(path: Path, dtype: np.dtype, count: int) -> np.ndarray:

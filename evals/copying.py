@@ -3,14 +3,15 @@
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import nn
 
 from data.order import counted, derive
+from data.positions import LONGEST
 from data.synthetic.copying import check_copy, repeated_blocks
 from evals.alphabet import alphabet, written_in
 from evals.answers import answer_rows
-from evals.lengths import DISTINCT, check_lengths
+from evals.lengths import DISTINCT, Length, Samples, check_lengths
 from evals.scoring import Cell, Materials
 from settings import Section
 
@@ -21,11 +22,11 @@ SHORTEST = 2
 
 
 class CopyingSettings(Section):
-    lags: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
+    lags: Annotated[tuple[Length, ...], DISTINCT] = Field(min_length=1)
     """Tokens in a block; a row is a block and, right behind it, its copy."""
-    vocabulary: int | None = Field(default=None, ge=4)
+    vocabulary: int | None = Field(default=None, ge=4, le=LONGEST)
     """Different tokens; left out, the 64 most frequent, or as many as there are."""
-    samples: PositiveInt = 20
+    samples: Samples = 20
     """Rows of each lag."""
 
 

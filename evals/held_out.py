@@ -5,14 +5,14 @@ from typing import Annotated
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from evals.lengths import DISTINCT
+from evals.lengths import DISTINCT, Length
 from evals.scoring import Cell, Materials, score_rows, sources_of
 from evals.windows import read, spread, sum_up, tile
 from settings import Refusal, Section
 
 
 class HeldOutSettings(Section):
-    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
+    lengths: Annotated[tuple[Length, ...], DISTINCT] = Field(min_length=1)
     """Tokens in a window; nothing before its window is seen."""
     sources: Annotated[tuple[str, ...], DISTINCT] = ()
     """Which sources are read; left out, all that have held-out text."""

@@ -3,24 +3,25 @@
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import nn
 
 from data.order import counted, derive
+from data.positions import LONGEST
 from data.synthetic.induction import SHORTEST, induction_samples
 from evals.alphabet import alphabet, written_in
 from evals.answers import answer_rows
-from evals.lengths import DISTINCT, check_lengths
+from evals.lengths import DISTINCT, Length, Samples, check_lengths
 from evals.scoring import Cell, Materials
 from settings import Section
 
 
 class InductionSettings(Section):
-    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
+    lengths: Annotated[tuple[Length, ...], DISTINCT] = Field(min_length=1)
     """Tokens in a row, both marks included."""
-    vocabulary: int = Field(default=16, ge=SHORTEST)
+    vocabulary: int = Field(default=16, ge=SHORTEST, le=LONGEST)
     """Different tokens, the mark among them."""
-    samples: PositiveInt = 100
+    samples: Samples = 100
     """Rows of each length."""
 
 

@@ -3,27 +3,30 @@
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field
 from torch import nn
 
 from data.order import counted, derive
+from data.positions import LONGEST
 from data.synthetic.copying import check_copy, copy_by_example
 from evals.alphabet import alphabet, written_in
 from evals.answers import answer_rows
 from evals.copying import COMMON, SHORTEST
-from evals.lengths import DISTINCT
+from evals.lengths import DISTINCT, Samples
 from evals.scoring import Cell, Materials
 from settings import Section
 
 
 class KShotCopySettings(Section):
-    shots: Annotated[tuple[NonNegativeInt, ...], DISTINCT] = Field(default=(0, 1, 2, 4, 8), min_length=1)
+    shots: Annotated[tuple[Annotated[int, Field(ge=0, le=100_000)], ...], DISTINCT] = Field(
+        default=(0, 1, 2, 4, 8), min_length=1
+    )
     """Copied blocks before the one that is asked."""
-    block: int = Field(default=8, ge=SHORTEST)
+    block: int = Field(default=8, ge=SHORTEST, le=LONGEST)
     """Tokens in a block."""
-    vocabulary: int | None = Field(default=None, ge=4)
+    vocabulary: int | None = Field(default=None, ge=4, le=LONGEST)
     """Different tokens, two of them marks; left out, the 64 most frequent, or as many as there are."""
-    samples: PositiveInt = 50
+    samples: Samples = 50
     """Rows of each number of shots."""
 
 

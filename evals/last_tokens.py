@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field, PositiveInt, field_validator, model_validator
 from torch import nn
 
-from evals.lengths import DISTINCT
+from evals.lengths import DISTINCT, Length
 from evals.long_documents import long_windows, sources_with_long_documents
 from evals.scoring import Cell, Materials, Rows, score_rows
 from evals.windows import Loss, sum_up
@@ -17,9 +17,9 @@ from settings import Section
 
 
 class LastTokensSettings(Section):
-    length: PositiveInt
+    length: Length
     """Tokens in the whole window; only documents longer than this are read."""
-    last: PositiveInt | None = None
+    last: Length | None = None
     """So many tokens at the window's end are predicted; left out, an eighth of it."""
     shares: tuple[float, ...] = Field(default=(0.25, 0.5, 1.0), min_length=1)
     """Of the window, its end: so much of it is seen, a cell each."""
@@ -31,8 +31,8 @@ class LastTokensSettings(Section):
     @field_validator("shares")
     @classmethod
     def check_shares(cls, shares: tuple[float, ...]) -> tuple[float, ...]:
-        if not all(0 < share <= 1 for share in shares) or len(set(shares)) < len(shares):
-            raise ValueError("each entry is a share of the window, above 0 and at most 1; give each once")
+        if not all(1e-6 <= share <= 1 for share in shares) or len(set(shares)) < len(shares):
+            raise ValueError("each entry is a share of the window, 1e-6 or more and at most 1; give each once")
         return shares
 
     @model_validator(mode="after")

@@ -1,13 +1,18 @@
 """The rule for what a task is asked at, every length that is named, once, or none of them; and what was trained."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from context.stages import Stages
+from data.positions import LONGEST
 from settings import Refusal
 
+Length = Annotated[int, Field(ge=1, le=LONGEST)]
+"""Tokens of a row or a part of it."""
+Samples = Annotated[int, Field(ge=1, le=1_000_000)]
+"""Of one kind: bounded, as all of them are asked."""
 Entries = TypeVar("Entries", bound=tuple[object, ...])
 
 

@@ -10,11 +10,12 @@ import math
 from typing import Annotated
 
 import numpy as np
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
+from data.positions import LONGEST
 from evals.intervals import fields, ratio_interval
-from evals.lengths import DISTINCT
+from evals.lengths import DISTINCT, Length
 from evals.long_documents import long_windows, sources_with_long_documents
 from evals.scoring import Cell, Materials, Rows, score_rows
 from model.loss import IGNORED
@@ -22,11 +23,11 @@ from settings import Section
 
 
 class LongPplSettings(Section):
-    length: PositiveInt
+    length: Length
     """Tokens in a window; only documents longer than this are read."""
-    short: PositiveInt | None = None
+    short: Annotated[int, Field(ge=1, lt=LONGEST)] | None = None
     """Tokens of the truncated context (published: 4096, for 32K); left out, a quarter of the window."""
-    stride: PositiveInt | None = None
+    stride: Length | None = None
     """So many tokens share a truncated context's beginning (published: 1024); left out, a quarter of `short`."""
     gain: PositiveFloat = 2.0
     """Nats by which the long context must raise the log-probability of a key token."""

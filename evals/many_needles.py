@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import nn
 
 from data.order import derive
 from data.recall import NeedleMaker, needle_grid
 from evals.intervals import bounds
-from evals.lengths import DISTINCT, check_lengths
+from evals.lengths import DISTINCT, Length, Samples, check_lengths
 from evals.scoring import Cell, Materials, Rows, score_rows, sources_of
 from model.loss import IGNORED
 from settings import Refusal, Section
@@ -25,19 +25,19 @@ Form = Literal["multi_key", "multi_query", "multi_value"]
 
 
 class ManyNeedlesSettings(Section):
-    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
+    lengths: Annotated[tuple[Length, ...], DISTINCT] = Field(min_length=1)
     """Tokens in a sample, questions and answers included."""
     haystack: str
     """The source whose held-out text hides the needles."""
     forms: Annotated[tuple[Form, ...], DISTINCT] = Field(
         default=("multi_key", "multi_query", "multi_value"), min_length=1
     )
-    needles: int = Field(default=4, ge=2)
+    needles: int = Field(default=4, ge=2, le=100_000)
     """Needles in each haystack, at depths drawn at random."""
-    samples: PositiveInt = 20
+    samples: Samples = 20
     """Samples of each form and length."""
-    key_letters: PositiveInt = 2
-    value_digits: PositiveInt = 4
+    key_letters: int = Field(default=2, ge=1, le=8)
+    value_digits: int = Field(default=4, ge=1, le=18)
 
 
 @dataclass(frozen=True)

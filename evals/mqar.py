@@ -4,14 +4,14 @@ from collections.abc import Iterator
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import nn
 
 from data.order import counted, derive
 from data.synthetic.mqar import POWER, check_mqar, mqar_samples
 from evals.alphabet import alphabet, written_in
 from evals.answers import answer_rows
-from evals.lengths import DISTINCT, check_lengths
+from evals.lengths import DISTINCT, Length, Samples, check_lengths
 from evals.scoring import Cell, Materials
 from settings import Refusal, Section
 
@@ -20,14 +20,14 @@ USUAL_PAIRS = (4, 16, 64, 256)
 
 
 class MqarSettings(Section):
-    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
+    lengths: Annotated[tuple[Length, ...], DISTINCT] = Field(min_length=1)
     """Tokens in a row; an even number."""
-    pairs: Annotated[tuple[PositiveInt, ...], DISTINCT] | None = Field(default=None, min_length=1)
+    pairs: Annotated[tuple[Length, ...], DISTINCT] | None = Field(default=None, min_length=1)
     """Pairs of key and value in a row, asked at every length that has 4 tokens for each; left out, those of 4, 16, 64
     and 256 that length and vocabulary have room for."""
-    vocabulary: PositiveInt | None = None
+    vocabulary: Length | None = None
     """Different tokens, half of them keys; left out, 8192 as published, or all that the held-out text has."""
-    samples: PositiveInt = 50
+    samples: Samples = 50
     """Rows of each length and number of pairs."""
     power: PositiveFloat = POWER
     """The chance that n pairs of tokens lie between what is told and what is asked goes as n ** (power - 1)."""

@@ -6,12 +6,12 @@ Sources: gkamradt's LLMTest_NeedleInAHaystack for the grid; exact match on rando
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from data.recall import NeedleMaker, NeedleSample, needle_grid, needle_sample
 from evals.answers import answer_rows
-from evals.lengths import DISTINCT, check_lengths
+from evals.lengths import DISTINCT, Length, Samples, check_lengths
 from evals.scoring import Cell, Materials, Rows, sources_of
 from model.loss import IGNORED
 from settings import Refusal, Section
@@ -21,21 +21,21 @@ DEPTH_PARTS = 1_000_000
 
 
 class NeedleSettings(Section):
-    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
+    lengths: Annotated[tuple[Length, ...], DISTINCT] = Field(min_length=1)
     """Tokens in a sample, question and answer included."""
     haystack: str
     """The source whose held-out text hides the needle."""
     depths: Annotated[tuple[float, ...], DISTINCT] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
     """Share of the haystack that stands before the needle: 0 is the farthest from the question, 1 the nearest."""
-    samples: PositiveInt = 20
+    samples: Samples = 20
     """Samples in each cell."""
-    needles: PositiveInt = 1
+    needles: int = Field(default=1, ge=1, le=100_000)
     """Needles in each haystack; one of them is asked for."""
     one_haystack: bool = False
     """A sample is one haystack with a needle at every depth, asked for one after the other: a grid of many depths is
     read about once a length. Left out, each cell has haystacks of its own, with so many `needles` in each."""
-    key_letters: PositiveInt = 2
-    value_digits: PositiveInt = 4
+    key_letters: int = Field(default=2, ge=1, le=8)
+    value_digits: int = Field(default=4, ge=1, le=18)
 
     @field_validator("depths")
     @classmethod

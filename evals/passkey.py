@@ -12,11 +12,11 @@ from random import Random
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, field_validator
 from torch import nn
 
 from data.tokenizer import Tokenizer
-from evals.lengths import DISTINCT
+from evals.lengths import DISTINCT, Length, Samples
 from evals.questions import Answers, Question, ask
 from evals.scoring import Cell, Materials
 from settings import Refusal, Section
@@ -33,11 +33,11 @@ WRITTEN = 10
 
 
 class PasskeySettings(Section):
-    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
+    lengths: Annotated[tuple[Length, ...], DISTINCT] = Field(min_length=1)
     """Tokens of the prompt and of the ten reserved for the answer, together."""
     depths: Annotated[tuple[float, ...], DISTINCT] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
     """Share of the filler that stands before the key."""
-    samples: PositiveInt = 20
+    samples: Samples = 20
     """Samples in each cell."""
     generate: bool = False
     """Let the model write too: right where the first number is the key."""

@@ -8,7 +8,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from context.rotary import AnyRotary
-from evals.lengths import DISTINCT
+from evals.lengths import DISTINCT, Length
 from evals.scoring import Cell, Materials, Rows, evaluating, forwards, sources_of
 from evals.windows import read, spread
 from model.transformer import Transformer
@@ -17,7 +17,7 @@ from settings import Refusal, Section
 
 
 class RoutingSettings(Section):
-    length: PositiveInt
+    length: Length
     """Tokens in a window."""
     sources: Annotated[tuple[str, ...], DISTINCT] = ()
     """Which sources are read; left out, all that have held-out text."""

@@ -7,7 +7,7 @@ import torch
 from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
-from evals.lengths import DISTINCT
+from evals.lengths import DISTINCT, Length
 from evals.long_documents import long_windows, sources_with_long_documents
 from evals.routing import describe_load
 from evals.scoring import Cell, Materials, Rows, evaluating, forwards
@@ -15,9 +15,9 @@ from settings import Section
 
 
 class RoutingPositionsSettings(Section):
-    length: PositiveInt
+    length: Length
     """Tokens in a window; only documents longer than this are read."""
-    buckets: PositiveInt = 8
+    buckets: Length = 8
     """The window is cut into so many stretches of equal length."""
     sources: Annotated[tuple[str, ...], DISTINCT] = ()
     """Which sources are read; left out, all that hold a document long enough."""

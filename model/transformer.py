@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
 from attention.cache import KVCache
@@ -22,7 +22,8 @@ from settings import Section
 LayerKind = Literal["full", "window", "full_nope", "window_nope"]
 """What a layer attends to; `_nope`: without a rotation, so that positions show only in what comes from other layers."""
 
-Depth = Annotated[int, Field(ge=1, le=10_000)]
+MOST_LAYERS = 2000
+Depth = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 """Layers; bounded, as they are looked at one by one before anything is built."""
 Width = Annotated[int, Field(ge=1, le=1_000_000)]
 """Channels; bounded, so that three such numbers multiplied are still the size of a tensor."""
@@ -34,7 +35,7 @@ class ModelSettings(Section):
     num_layers: Depth
     width: Width
     attention: AnyAttentionSettings
-    feed_forward_width: PositiveInt | None = None
+    feed_forward_width: Width | None = None
     """Inner width of the dense feed-forward layers."""
     moe: MoESettings | None = None
     """Left out: every layer is dense."""

@@ -19,7 +19,7 @@ class LossBalanceSettings(Section):
     kind: Literal["loss"] = "loss"
     scope: Literal["batch", "microbatch", "sequence"] = "batch"
     """Where the load has to be even: over the whole step, over every so many `tokens` of it, or in each row."""
-    tokens: int | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0, le=2**40)
     """Tokens of a group for scope "microbatch": whole rows, whatever the run's own micro-batches are."""
     coefficient: float = Field(default=0.01, ge=0)
 
@@ -89,7 +89,7 @@ def rows_per_group(loss: LossBalanceSettings, num_rows: int, sequence_length: in
     if tokens % sequence_length:
         near = max(1, round(tokens / sequence_length)) * sequence_length
         raise Refusal(
-            f"model.moe.balance: tokens={tokens} must be a multiple of sequence_length={sequence_length}, for a group"
+            f"tokens={tokens} must be a multiple of sequence_length={sequence_length}, for a group"
             f" is made of whole rows; try tokens={near}"
         )
     return min(tokens // sequence_length, num_rows)

@@ -16,6 +16,9 @@ from settings import Refusal, Section
 # What a draw is for: two purposes never see the same numbers.
 RANDOM, HASH, TURN, JITTER = range(1, 5)
 
+MOST_EXPERTS = 1 << 16
+"""Of a layer: bounded, so that the sizes of all tensors are numbers."""
+
 
 class Chooser(Protocol):
     """One way to choose; built for one layer."""
@@ -33,7 +36,7 @@ class Chooser(Protocol):
 class GroupSettings(Section):
     """Each token's experts lie in few groups, as many as live on few devices (DeepSeek-V2, section 2.2.2)."""
 
-    count: int = Field(gt=1)
+    count: int = Field(gt=1, le=MOST_EXPERTS)
     """Groups that the experts are cut into, in order and of equal size."""
     keep: int = Field(gt=0)
     """Groups that a token may choose from."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe.balance import Balances, LossBalanceSettings
 from moe.capacity import CapacitySettings
-from moe.choice import ExpertChoiceSettings, TokenChoiceSettings, check_groups
+from moe.choice import MOST_EXPERTS, ExpertChoiceSettings, TokenChoiceSettings, check_groups
 from moe.dispatch import Dispatcher, LocalDispatcher
 from moe.experts import Experts, MatmulName
 from moe.router import Extras, NullSettings, Router, RouterSettings, SoftmaxRouterSettings
@@ -19,11 +19,11 @@ from settings import Section
 class MoESettings(Section):
     """How many experts there are, how many a token meets, and how they are kept busy."""
 
-    num_experts: int = Field(gt=0)
-    experts_per_token: int = Field(gt=0)
-    expert_width: int = Field(gt=0)
+    num_experts: int = Field(gt=0, le=MOST_EXPERTS)
+    experts_per_token: int = Field(gt=0, le=MOST_EXPERTS)
+    expert_width: int = Field(gt=0, le=1_000_000)
     """Feed-forward width of one expert."""
-    num_shared_experts: int = Field(default=0, ge=0)
+    num_shared_experts: int = Field(default=0, ge=0, le=MOST_EXPERTS)
     """Experts that every token meets besides the chosen ones, with weight 1."""
     shared_gate: bool = False
     """Whether each token weighs the shared experts itself, by a sigmoid of its own (Qwen2-MoE)."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe.capacity import CapacitySettings, drop_excess
 from moe.choice import (
     JITTER,
+    MOST_EXPERTS,
     NO_EVALUATION,
     Chooser,
     Drawn,
@@ -89,7 +90,7 @@ KINDS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[..., Chooser]]] = {
 class NullSettings(Section):
     """Experts that compute nothing, so that a token may meet fewer than K (AdaMoE; MoE++; LongCat-Flash)."""
 
-    count: int = Field(gt=0)
+    count: int = Field(gt=0, le=MOST_EXPERTS)
     """The router scores so many experts more; they stand behind the real ones."""
     output: Literal["zero", "copy"] = "zero"
     """What they answer: nothing, or the token itself, weighed by its gate."""

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from moe.choice import MOST_EXPERTS
 from moe.exchange import Exchange
 from moe.layer import MoE
 from parallel.layout import Layout, cut_parameter
@@ -19,9 +20,10 @@ def check_experts(settings: ParallelSettings, num_experts: int | None) -> None:
     if num_experts % settings.expert:
         divisor = min(divisors(num_experts), key=lambda d: (abs(d - settings.expert), d))
         more = num_experts + -num_experts % settings.expert
+        other = f" or model.moe.num_experts={more}" if more <= MOST_EXPERTS else ""
         raise ValueError(
             f"model.moe.num_experts={num_experts} must be divisible by parallel.expert={settings.expert};"
-            f" try parallel.expert={divisor} or model.moe.num_experts={more}"
+            f" try parallel.expert={divisor}{other}"
         )
 
 

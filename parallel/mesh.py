@@ -8,13 +8,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import PositiveInt
+from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from context.lengths import divisors
 from parallel.world import World
 from settings import Refusal, Section
 
@@ -28,6 +29,10 @@ AXES = ("shard", "expert", "context", "tensor", "pipeline")
 """Those with a length in the settings."""
 
 
+Ranks = Annotated[int, Field(ge=1, le=1 << 16)]
+"""Along one axis."""
+
+
 class SequenceSettings(Section):
     """How rows lie on the ranks that hold them together, and how attention reaches from rank to rank."""
 
@@ -37,9 +42,9 @@ class SequenceSettings(Section):
     """How layers do it that see a window."""
     layout: Literal["balanced", "zigzag", "contiguous"] = "balanced"
     """Which rank has which tokens: by the documents' true work, in pairs for rows that are one document, in order."""
-    chunks_per_rank: PositiveInt = 16
+    chunks_per_rank: int = Field(default=16, ge=1, le=1024)
     """Chunks of a row on a rank in layout "balanced", at most: as few are taken as balance the work."""
-    ulysses: PositiveInt | None = None
+    ulysses: Ranks | None = None
     """For method "usp": so many neighbours, at most, exchange heads, and rings run across them; left out, as many as
     the heads allow."""
 
@@ -50,24 +55,24 @@ class PipeliningSettings(Section):
     schedule: Literal["1f1b", "interleaved", "zero_bubble"] = "1f1b"
     """One forward, one backward (Narayanan et al. 2021, section 2.2); the same over several parts of the model on each
     rank (there, too); or with weight gradients moved into the waiting (Qi et al. 2023)."""
-    parts_per_rank: PositiveInt = 2
+    parts_per_rank: Ranks = 2
     """Of the model on each rank, for "interleaved" and "zero_bubble"; "1f1b" has one."""
 
 
 class ParallelSettings(Section):
     """What ranks share. `tensor * pipeline * replicate * shard` is their number."""
 
-    replicate: PositiveInt | None = None
+    replicate: Ranks | None = None
     """So many groups hold the same weights and add their gradients up; left out, as many as there are ranks for."""
-    shard: PositiveInt = 1
+    shard: Ranks = 1
     """So many ranks cut weights, gradients and moments among them, and gather a layer's weights while it runs."""
-    expert: PositiveInt = 1
+    expert: Ranks = 1
     """So many ranks hold the experts of each layer together; 1: every rank holds them all."""
-    context: PositiveInt = 1
+    context: int = Field(default=1, ge=1)
     """So many ranks hold each row together, every one a part of its tokens; 1: every rank has rows of its own."""
-    tensor: PositiveInt = 1
+    tensor: Ranks = 1
     """So many ranks cut heads, inner channels and vocabulary among them, and work on the same tokens."""
-    pipeline: PositiveInt = 1
+    pipeline: Ranks = 1
     """So many ranks hold the layers one after another."""
     sequence: SequenceSettings = SequenceSettings()
     """Of use with `context` alone."""
@@ -291,7 +296,3 @@ def _shards(grid: Grid, device: torch.device, axes: tuple[Axis, ...]) -> DeviceM
     whole = init_device_mesh(device.type, tuple(shape), mesh_dim_names=tuple(axes))
     replicas, shards = axes[1], axes[2]
     return whole[shards] if grid.length(replicas) == 1 else whole[replicas, shards]
-
-
-def divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from model.transformer import ModelSettings, Transformer
+from model.transformer import MOST_LAYERS, ModelSettings, Transformer
 from parallel.later import Later, leave_weights
 from parallel.layout import Layout
 from parallel.mesh import Mesh, ParallelSettings, PipeliningSettings, divisors
@@ -63,7 +63,7 @@ def check_pipeline(
         ways = {
             "parallel.pipeline": layers // per_rank,
             "parallel.pipelining.parts_per_rank": layers // settings.pipeline if per_rank > 1 else 0,
-            "model.num_layers": parts,
+            "model.num_layers": parts if parts <= MOST_LAYERS else 0,
         }
         raise ValueError(
             f"parallel.pipeline={settings.pipeline}{told} makes {parts} parts of model.num_layers={layers}, and each"

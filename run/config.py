@@ -1,5 +1,6 @@
 """The whole configuration of a run, and what has to hold between its sections."""
 
+import math
 import re
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,7 @@ from run.guard import GuardSettings
 from run.initial import InitialSettings
 from run.plans import tell_plans, whole_documents
 from run.scale import scaled
+from run.steps import Amounts, check_amounts
 from run.watchdog import WatchdogSettings
 from settings import Refusal, Section, nearest, read, to_toml, validate
 
@@ -63,7 +65,7 @@ class RunConfig(Section):
     """What the last stage's `until_tokens` says; like every stage, the run ends with the whole step that reaches it."""
     tokens_per_step: int = Field(gt=0, le=2**40)
     """Tokens in one optimizer step over all ranks and micro-batches; the same at every sequence length."""
-    tokens_per_microbatch: PositiveInt | None = None
+    tokens_per_microbatch: int | None = Field(default=None, gt=0, le=2**40)
     """Tokens of one forward and backward; left out, a rank's whole share of the step."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     model: ModelSettings
@@ -80,7 +82,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 on CUDA and on CPUs with AMX, else fp32. Weights and moments are fp32 either way."""
-    threads: PositiveInt | None = None
+    threads: int | None = Field(default=None, ge=1, le=4096)
     """CPU threads of each rank; left out, all cores shared among the ranks of this machine."""
     compile: bool = False
     """Compile the position-wise part of each layer with torch.compile."""
@@ -122,17 +124,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def check_steps(self) -> "RunConfig":
-        last = self.context.stages[-1].until_tokens
-        if last != self.total_tokens:
-            raise ValueError(
-                f"total_tokens={self.total_tokens} and the last stage's until_tokens={last} must be equal; "
-                f"set context.stages.{len(self.context.stages) - 1}.until_tokens={self.total_tokens}"
-            )
+        amounts = Amounts(self.context.stages, self.tokens_per_step, self.tokens_per_microbatch, self.total_tokens)
+        check_amounts(amounts)
         check_schedule(self.optimizer.schedule, self.total_tokens)
-        for step in self.stages.first_steps():
-            if (tokens := self.tokens_per_microbatch) is not None:
-                _check_divides(step.length_key, step.sequence_length, "tokens_per_microbatch", tokens)
-                _check_divides("tokens_per_microbatch", tokens, step.stage.step_key, step.num_tokens)
         return self
 
     @model_validator(mode="after")
@@ -169,12 +163,13 @@ class RunConfig(Section):
         moe = self.model.moe
         if moe is None:
             return self
-        for loss in (rule for rule in moe.balance if rule.kind == "loss"):
+        for number, rule in enumerate(moe.balance):
             for step in self.stages.first_steps():
                 try:
-                    rows_per_group(loss, step.num_samples, step.sequence_length)
+                    if rule.kind == "loss":
+                        rows_per_group(rule, step.num_samples, step.sequence_length)
                 except Refusal as refusal:
-                    raise ValueError(str(refusal)) from None
+                    raise ValueError(f"model.moe.balance.{number}: {refusal}") from None
         reason = evaluation_refusal(moe.router)
         if reason is not None and tasks_of(self.evals):
             raise ValueError(f"evals asks for {', '.join(tasks_of(self.evals))}: {reason}")
@@ -213,12 +208,6 @@ class RunConfig(Section):
         return self
 
 
-def _check_divides(part: str, small: int, whole: str, large: int) -> None:
-    if large % small:
-        near = max(1, round(large / small)) * small
-        raise ValueError(f"{whole}={large} must be a multiple of {part}={small}; try {near}")
-
-
 def rows_of_step(config: RunConfig, step: StepPlan, world_size: int) -> int:
     """Rows in a micro-batch of one rank in this step; raises Refusal where the step does not divide among the ranks.
 
@@ -226,13 +215,16 @@ def rows_of_step(config: RunConfig, step: StepPlan, world_size: int) -> int:
     """
     tokens = config.tokens_per_microbatch or max(step.num_tokens // world_size, 1)
     if tokens % step.sequence_length or step.num_tokens % (tokens * world_size):
-        together = world_size * (config.tokens_per_microbatch or step.sequence_length)
-        near = max(1, round(step.num_tokens / together)) * together
         size = config.row_ranks(step.stage)
+        alike = [s for s in config.stages.first_steps() if s.stage.step_key == step.stage.step_key]
+        shares = [world_size * size // config.row_ranks(s.stage) for s in alike]
+        rows = [config.tokens_per_microbatch or s.sequence_length for s in alike]
+        together = math.lcm(*(share * tokens for share, tokens in zip(shares, rows, strict=True) if share))
+        near = max(1, round(step.num_tokens / together)) * together
         who = "ranks" if size == 1 else f"groups of {config.all_row_ranks[size]}={size} ranks"
         raise Refusal(
             f"{step.stage.step_key}={step.num_tokens} does not divide among {world_size} {who} into micro-batches of "
-            f"whole rows of {step.sequence_length} tokens; try tokens_per_step={near}, other ranks or another "
+            f"whole rows of {step.sequence_length} tokens; try {step.stage.step_key}={near}, other ranks or another "
             f"tokens_per_microbatch (now {config.tokens_per_microbatch or 'left out'})"
         )
     if step.num_tokens // world_size > MOST_TOKENS:

@@ -39,6 +39,10 @@ NAMELESS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
 """What writing to an open file may end with: the file system's errors that name no path."""
 
 
+MOST_OF_A_LINE = 1500
+"""Letters of a line of a message: a value may be as long as a file."""
+
+
 @dataclass
 class Run:
     """Where and on what this process runs."""
@@ -225,9 +229,11 @@ def leave(status: int) -> NoReturn:
 
 def _complain(line: str) -> None:
     rank = f"rank {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-    # A file, or whoever wrote it, may not tell a terminal what to do.
+    # A file, or whoever wrote it, may not tell a terminal what to do, nor fill it.
     shown = "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in line)
-    print(f"{rank}{shown}", file=sys.stderr, flush=True)
+    lines = [told if len(told) <= MOST_OF_A_LINE else f"{told[:MOST_OF_A_LINE]}..." for told in shown.split("\n")]
+    text = "\n".join(lines)
+    print(f"{rank}{text}", file=sys.stderr, flush=True)
 
 
 def _stop_on_signals(run: Run) -> None:

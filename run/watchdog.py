@@ -28,10 +28,10 @@ MOST_GRACE = 30.0
 class WatchdogSettings(Section):
     """How long a rank may stand still."""
 
-    seconds: float = Field(default=600.0, ge=0)
+    seconds: float = Field(default=600.0, ge=0, le=1e8)
     """A rank that has begun no forward pass and no step for so long writes its stacks down and ends with status 2.
     0: nobody looks."""
-    slow_seconds: float = Field(default=3600.0, gt=0)
+    slow_seconds: float = Field(default=3600.0, gt=0, le=1e8)
     """The same for what cannot say how far it is: the start, and writing a checkpoint."""
 
     @property

@@ -7,11 +7,11 @@ from statistics import fmean
 from typing import Annotated
 
 import numpy as np
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from evals.intervals import bounds
-from evals.lengths import DISTINCT
+from evals.lengths import DISTINCT, Length, Samples
 from evals.questions import Answers, ask
 from evals.ruler.haystack import held_out_essay, read_essay
 from evals.ruler.matching import THRESHOLD, effective_length, weighted_average
@@ -24,13 +24,13 @@ from settings import Refusal, Section, nearest
 
 
 class RulerSettings(Section):
-    lengths: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field(min_length=1)
+    lengths: Annotated[tuple[Length, ...], DISTINCT] = Field(min_length=1)
     """Tokens of the prompt and of what is reserved for the answer, together. RULER: 4096 to 131072."""
     tasks: Annotated[tuple[str, ...], DISTINCT, Field(min_length=1)] | None = None
     """Which of the thirteen; left out, all that the given texts and every one of the lengths allow."""
-    samples: PositiveInt = 20
+    samples: Samples = 20
     """Samples of each task and length. RULER: 500."""
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """RULER's seed; samples are drawn from it alone, whatever `evals.seed` is."""
     generate: bool = True
     """Score what the model writes, as RULER does; false: teacher-forced exact match in its place, for a fraction of the
