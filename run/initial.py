@@ -13,7 +13,8 @@ from moe.upcycle import UpcycleSettings, upcycle
 from parallel.whole import fill
 from run.checkpoint import read_checkpoint
 from run.identity import read_recorded
-from run.sealed import Damaged, Tensors, read_json
+from run.manifest import Damaged, read_json
+from run.sealed import Tensors
 from settings import Refusal, Section, differences
 
 if TYPE_CHECKING:
