@@ -93,6 +93,7 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
         examiner.after(step, progress)
         if checkpoints.due(progress.step) or step.is_last_of_stage or run.guard.owes_save:
             save(checkpoints, progress, run, examiner)
+        run.stop_requested |= checkpoints.has_failed  # on any rank: the next save, or `close`, says why on all of them
     if checkpoints.latest_step != progress.step and report is not None:
         save(checkpoints, progress, run, examiner)  # stopped by a signal
     checkpoints.close()

@@ -75,7 +75,7 @@ class Checkpoints:
     None. All ranks have to call each method but `due`.
     """
 
-    def __init__(  # noqa: PLR0917 (six, and no object is missing)
+    def __init__(  # noqa: PLR0917 (eight, and no object is missing)
         self,
         run_folder: Path,
         settings: CheckpointSettings,
