@@ -49,6 +49,14 @@ def start(here: Path, rank: int, what: str, *overrides: str, ranks: int = 2) -> 
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
+def told_by(process: subprocess.Popen[str]) -> str:
+    """All that it says until it ends; what never ends is ended, and fails the test."""
+    try:
+        return process.communicate(timeout=300)[0]
+    finally:
+        process.kill()
+
+
 def wait_for(what: Callable[[], bool], seconds: float = 240.0) -> None:
     end = time.monotonic() + seconds
     while not what():
@@ -59,7 +67,7 @@ def wait_for(what: Callable[[], bool], seconds: float = 240.0) -> None:
 @pytest.mark.distributed
 def test_when_one_rank_sleeps_all_write_their_stacks_and_end(here: Path) -> None:
     process = start(here, 1, "time.sleep(3600)  # here it sleeps")
-    said, _ = process.communicate(timeout=300)
+    said = told_by(process)
     assert process.returncode != 0
     stacks = {rank: (here / f"runs/tiny/stacks/rank_{rank}.txt").read_text() for rank in (0, 1)}
     assert all(text.startswith(f"rank {rank}: stood still for") for rank, text in stacks.items())
@@ -80,14 +88,14 @@ def test_a_stopped_process_cannot_speak_but_the_others_do(here: Path) -> None:
     pid = next(int(line.split()[1]) for line in process.stdout if line.startswith("pid "))
     wait_for((here / "runs/tiny/stacks/rank_0.txt").exists)
     os.kill(pid, signal.SIGKILL)  # torchrun would do it, after half a minute
-    process.communicate(timeout=300)
+    told_by(process)
     assert process.returncode != 0 and not (here / "runs/tiny/stacks/rank_1.txt").exists()
 
 
 @pytest.mark.distributed
 def test_a_rank_that_dies_ends_the_others(here: Path) -> None:
     process = start(here, 1, "os.kill(os.getpid(), 9)", "watchdog.seconds=0")
-    said, _ = process.communicate(timeout=300)  # not torch's half an hour
+    said = told_by(process)  # not torch's half an hour
     assert process.returncode != 0 and "SIGKILL" in said
 
 
@@ -101,7 +109,7 @@ def test_a_rank_that_dies_ends_the_others(here: Path) -> None:
 )
 def test_one_process_ends_itself_whoever_holds_the_interpreter(here: Path, what: str, status: int) -> None:
     process = start(here, 0, what, ranks=1)
-    said, _ = process.communicate(timeout=300)
+    said = told_by(process)
     assert process.returncode == status, said
     stacks = (here / "runs/tiny/stacks/rank_0.txt").read_text() if status == 2 else said
     assert "stall.py" in stacks and "take_step" in stacks
