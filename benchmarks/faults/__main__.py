@@ -33,7 +33,7 @@ def single_faults(bench: Bench, ranks: list[int], *, small: bool) -> list[Case]:
     some += [partial(case, bench, 1) for case in (cases.all_damaged, cases.torn_rows, cases.other_text)]
     some += [partial(cases.taken_folder, bench, 1)]
     wrong = (arithmetic.nan, arithmetic.gradient_spike, arithmetic.loss_spike)
-    some += [partial(fault, bench, size) for fault in wrong for size in ranks[:2]]
+    some += [partial(fault, bench, size) for fault in wrong for size in (ranks[:1] if small else ranks[:2])]
     some += [partial(cases.stalled_rank, bench, size) for size in several[:1]]
     some += [partial(disk_full, bench, 1, when) for when in list(LIMITS)[:1] * small or LIMITS]
     if small:

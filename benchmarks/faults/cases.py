@@ -97,11 +97,11 @@ def stalled_rank(bench: Bench, ranks: int) -> Outcome:
 
 
 def damaged(bench: Bench, ranks: int, kind: str, *, every_file: bool) -> Outcome:
-    """A file of the newest checkpoint is damaged, each in turn or two of them: the one before is taken, by name."""
+    """A file of the newest checkpoint is damaged, each in turn or one of them: the one before is taken, by name."""
     problems: list[str] = []
     with bench.half_done(ranks) as start:
         names = [path.relative_to(newest(start)) for path in sorted(newest(start).rglob("*")) if path.is_file()]
-    names = names if every_file else bench.dice.sample(names, 2)
+    names = names if every_file else bench.dice.sample(names, 1)
     for name in names:
         with bench.half_done(ranks) as start:
             folder = newest(start)
