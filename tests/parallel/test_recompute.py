@@ -168,6 +168,16 @@ def test_any_layers_are_chosen_as_well_as_can_be(drawn: Any, limit: int, in_flig
         assert fits(chosen) and made_of(chosen).flops == min(made_of(kinds).flops for kinds in fitting)
 
 
+def test_a_layer_below_the_one_that_needs_most_is_run_again_where_that_alone_helps() -> None:
+    """To run the upper one again costs less and frees more, but not while it makes gradients itself."""
+    lower = Layer({"none": 10, "ops": 4, "full": 4}, 20, {"none": 0, "ops": 5, "full": 9})
+    upper = Layer({"none": 20, "ops": 4, "full": 4}, 100, {"none": 0, "ops": 1, "full": 9})
+    peaks: dict[tuple[Kind, ...], int] = {
+        kinds: Choice().then(lower, kinds[0]).then(upper, kinds[1]).peak for kinds in itertools.product(KINDS, repeat=2)
+    }
+    assert cheapest([lower, upper], lambda kinds: peaks[kinds] <= 105) == ("ops", "none")
+
+
 def test_of_too_many_choices_those_held_on_to_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that needs least is never left out."""
     monkeypatch.setattr(budget, "MOST", 5)
