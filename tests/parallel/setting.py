@@ -89,7 +89,7 @@ class Setting:
         self.run.layouts = parallelize(
             self.model,
             mesh,
-            compile=False,
+            compile=config.compile,
             recompute=config.recompute,
             dtype=dtype,
             pipelining=parallel.pipelining,
