@@ -23,8 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CONFIG = Path(__file__).with_name("run.toml")
 NAME = "faults"
-PATIENCE = 300.0
-"""Seconds until a life that neither goes on nor ends counts as one that hangs."""
+PATIENCE = 900.0
+"""Seconds until a life that has not ended counts as one that hangs: more than a run's own watchdog gives it, which then
+says where it stood."""
 
 
 @dataclass(frozen=True)
