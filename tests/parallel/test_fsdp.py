@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.transformer import build_model
 from moe.layer import MoE
 from parallel.fsdp import shard, sync_replicas
-from parallel.layout import Layout, local, whole_layouts
+from parallel.layout import Layout, local
 from parallel.mesh import Grid, Mesh
 from parallel.world import World
 from run.config import load_config
@@ -277,7 +277,5 @@ def test_on_ranks(outcomes: dict[int, dict[str, str]], size: int, case: str) -> 
 
 def test_without_shards_nothing_is_wrapped() -> None:
     model = build_model(load_config(TINY, []).model, 257)
-    layouts = whole_layouts(model)
-    shard(model, Mesh(Grid(4), World(0, 4), {}), torch.float32, layouts)
+    shard(model, Mesh(Grid(4), World(0, 4), {}), torch.float32)
     assert not any(isinstance(module, FSDPModule) for module in model.modules())
-    assert layouts == whole_layouts(model)
