@@ -143,6 +143,7 @@ def save(checkpoints: Checkpoints, progress: Progress, run: Run, examiner: Exami
     if run.guard.may_save(progress.step, checkpoints, is_stage_end=is_stage_end):
         state = {**vars(progress), **examiner.state(), **run.guard.state()}
         checkpoints.save(progress.step, state, is_stage_end=is_stage_end)
+    run.watchdog.at(f"what follows step {progress.step}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -142,9 +142,10 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         rows = saving(arguments.millions, arguments.rounds, folder)
+        for row in rows:
+            print(row, flush=True)
         rows.append(resuming(folder, min(arguments.rounds, 3)))
-    for row in rows:
-        print(row)
+    print(rows[-1])
     if arguments.keep:
         print(keep("checkpoints", rows))
 

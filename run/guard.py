@@ -23,6 +23,7 @@ from parallel.layout import local
 from parallel.world import World
 from run.checkpoint import Checkpoints
 from run.spikes import History, SpikeSettings
+from run.writing import settle
 from settings import Refusal, Section
 
 NOTHING_SKIPPED = {"skipped_steps": 0}
@@ -222,7 +223,8 @@ class Guard:
             self._refuse(why, last_good)
 
     def _refuse(self, why: str, last_good: int | None) -> NoReturn:
-        """On every rank; the main one says it."""
+        """On every rank; the main one says it, and what it calls intact is on the disk by then."""
+        settle()
         if not self.world.is_main:
             raise SystemExit(2)
         raise Refusal(

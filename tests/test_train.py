@@ -17,6 +17,7 @@ import train
 from run import record, report
 from run.checkpoint import read_checkpoint
 from run.config import RunConfig, load_config, rows_of_step
+from run.writing import settle
 from settings import Refusal
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +98,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(
         die_at(8, broken)
         with pytest.raises(KeyboardInterrupt):
             train.main(tiny("name=broken"))
+    settle()
     weights = here / "runs/broken/checkpoints/step_00000006/model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-5] ^= 1

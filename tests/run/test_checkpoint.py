@@ -463,6 +463,13 @@ def test_the_newest_good_one_is_never_removed(tmp_path: Path) -> None:
     assert open_in(tmp_path, *build())[0].restore_latest() == {"steps": 3}
 
 
+def test_the_one_just_written_stays_beside_later_steps(tmp_path: Path) -> None:
+    saved_run(tmp_path, steps=5, keep=9)
+    checkpoints, _ = open_in(tmp_path, *build(), keep=1)
+    checkpoints.save(3, {"steps": 3})
+    assert sorted(path.name[-1] for path in checkpoints.folder.iterdir()) == ["3", "5"]
+
+
 def test_the_manifest_describes_every_file_and_tensor(tmp_path: Path) -> None:
     path = saved_run(tmp_path, steps=1)[0]
     manifest = json.loads((path / "manifest.json").read_text())

@@ -84,6 +84,7 @@ def test_what_is_saved_is_what_was_there_at_the_call(tmp_path: Path, gate: Gate)
     checkpoints.wait()
     assert names(checkpoints) == ["step_00000001"]
     model, optimizer, again = build(tmp_path)
+    optimizer.param_groups[0]["lr"] = 0.9
     assert again.restore_latest() == {"step": 1, "rows": [{"score": 0.5}]}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     for ours, theirs in zip(optimizer.state.values(), moments, strict=True):

@@ -248,15 +248,28 @@ def test_a_rank_that_cannot_write_is_told_on_all(
             rank.checkpoints.wait()
         rank.checkpoints.peers.tell("broken")
         rank.checkpoints.save(2, {"step": 2})
-        said = refused(rank.checkpoints.close)
-        return said, rank.checkpoints.latest_step
+        said = refused(rank.checkpoints.wait)
+        latest = rank.checkpoints.latest_step
+        with torch.no_grad():
+            for parameter in rank.model.parameters():
+                parameter.fill_(3.0)
+        with pytest.MonkeyPatch.context() as mended:
+            mended.setattr(run.snapshot, "write_tensor_file", write_tensor_file)
+            rank.checkpoints.save(3, {"step": 3})
+            rank.checkpoints.close()
+            rank.checkpoints.peers.tell("done")
+        return said, latest
 
     with simulated() as on_ranks:
         answers = on_ranks(4, act)
     said = {"full": "the disk is full", "dying": "dying", "ours": "fault: .*ours"}[str(error.args[-1])]
     assert len(set(answers)) == 1, "ranks differ"
     assert re.search(said, answers[0][0], re.DOTALL) and answers[0][1] == 1
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
+    assert sorted(path.name[-1] for path in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]
+    weights = read_checkpoint(tmp_path)[2]
+    assert all((tensor == 3).all() for name, tensor in weights.items() if "bias_E" not in name), (
+        "of the one that failed"
+    )
 
 
 def test_too_little_room_is_told_on_all_before_anything_is_written(
