@@ -19,7 +19,6 @@ from parallel.apply import parallelize
 from parallel.fsdp import sync_replicas
 from parallel.gradients import clip_gradients, named_parameters, norm_over_ranks, sum_gradients
 from parallel.matrices import parts_of
-from parallel.offload import build_offload
 from parallel.sequence import split_attention
 from run.branch import begin_branch, find_origin
 from run.checkpoint import Checkpoints
@@ -53,16 +52,7 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
     origin = find_origin(run, batches.fingerprint)
     tell_plan(batches, stages, run)
     model = build_model(config.model, batches.tokenizer.vocab_size)
-    offload = build_offload(run.device, is_wanted=config.offload)
-    run.layouts = parallelize(
-        model,
-        run.mesh,
-        compile=config.compile,
-        recompute=config.recompute,
-        dtype=run.dtype,
-        pipelining=config.parallel.pipelining,
-        offload=offload,
-    )
+    run.layouts = parallelize(model, run.mesh, config, run.device, run.dtype)
     first_weights(run, model, batches.tokenizer)
     split_attention(model, run.row_group)
     try_layers(model, stages.at(0), run)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from optim.groups import AdamWSettings, build_optimizer
 from parallel.apply import parallelize
 from parallel.gradients import clip_gradients, named_parameters, norm_over_ranks, sum_gradients
 from parallel.mesh import ParallelSettings, build_mesh
+from parallel.recompute import RecomputeSettings
 from parallel.whole import fill
 from parallel.world import World
 
@@ -35,6 +37,16 @@ VOCAB, ROWS, LENGTH = 512, 16, 512
 MOE = MoESettings(num_experts=8, experts_per_token=2, expert_width=512)
 SETTINGS = ModelSettings(num_layers=4, width=256, attention=AttentionSettings(num_heads=4, num_kv_heads=2), moe=MOE)
 WAYS = {"one rank": ParallelSettings(), "two replicas": ParallelSettings(), "two shards": ParallelSettings(shard=2)}
+
+
+class Asked(NamedTuple):
+    """Of `parallelize`."""
+
+    parallel: ParallelSettings
+    recompute: RecomputeSettings = "none"
+    offload: bool = False
+    compile: bool = False
+
 
 Step = Callable[[], None]
 
@@ -44,7 +56,7 @@ def stepper(world: World, settings: ParallelSettings) -> Step:
     device = torch.device("cpu")
     mesh = build_mesh(settings, {}, world, device)
     model = build_model(SETTINGS, VOCAB)
-    layouts = parallelize(model, mesh, compile=False, recompute="none")
+    layouts = parallelize(model, mesh, Asked(settings), device)
     fill(model, device, mesh, layouts, lambda name, shape: first_values(name, shape, SETTINGS, 0))
     model.use_rotary(DefaultRotary(base=10_000.0))
     optimizer = build_optimizer(model, AdamWSettings(learning_rate=1e-3))

@@ -37,8 +37,10 @@ class LinearGrowth(Section):
     @model_validator(mode="after")
     def _starts_on_a_rung(self) -> Self:
         if self.start % self.granularity:
-            near = max(1, round(self.start / self.granularity)) * self.granularity
-            raise ValueError(f"start={self.start} must be a multiple of granularity={self.granularity}; try {near}")
+            near = max(d for d in divisors(self.start) if d <= self.granularity)
+            raise ValueError(
+                f"start={self.start} must be a multiple of granularity={self.granularity}; try granularity={near}"
+            )
         return self
 
 

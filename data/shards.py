@@ -154,10 +154,9 @@ def check_file(path: Path, expected: FileDigest, read_whole: bool) -> None:
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise Refusal(f"{path}: no such index; prepare the folder with `python -m data prepare`") from None
+    if not path.is_file():  # a pipe would be waited for
+        raise Refusal(f"{path}: no such index; prepare the folder with `python -m data prepare`")
+    data = path.read_bytes()
     if len(data) < HEAD.size or not data.startswith(MAGIC):
         raise Refusal(f"{path}: is not an index of token shards (it should begin with MMIDIDX)")
     _, version, code, count, _ = HEAD.unpack_from(data)

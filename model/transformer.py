@@ -22,7 +22,7 @@ from settings import Section
 LayerKind = Literal["full", "window", "full_nope", "window_nope"]
 """What a layer attends to; `_nope`: without a rotation, so that positions show only in what comes from other layers."""
 
-MOST_LAYERS = 2000
+MOST_LAYERS = 1000
 Depth = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 """Layers; bounded, as they are looked at one by one before anything is built."""
 Width = Annotated[int, Field(ge=1, le=1_000_000)]

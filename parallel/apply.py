@@ -1,37 +1,41 @@
 """What is done to a model from outside, on the meta device, before it has values: the whole order on one screen."""
 
+from typing import Protocol
+
 import torch
 
-from model.block import Offload
 from model.feed_forward import FeedForward
 from model.norm import RMSNorm
 from model.transformer import Transformer
 from parallel.experts import split_experts
 from parallel.fsdp import cut_shards, shard
 from parallel.layout import Layout, Layouts, whole_layouts
-from parallel.mesh import Axis, Mesh, PipeliningSettings
-from parallel.offload import offload_layers
+from parallel.mesh import Axis, Mesh, ParallelSettings
+from parallel.offload import build_offload, offload_layers
 from parallel.pipeline import split_layers
 from parallel.recompute import BudgetSettings, RecomputeSettings, recompute_layers
 from parallel.tensor import split_tensors
 
-ONE_BY_ONE = PipeliningSettings()
+
+class Asked(Protocol):
+    """What a run asks for; its configuration is one."""
+
+    @property
+    def parallel(self) -> ParallelSettings: ...
+    @property
+    def recompute(self) -> RecomputeSettings: ...
+    @property
+    def offload(self) -> bool: ...
+    @property
+    def compile(self) -> bool: ...
 
 
 def parallelize(
-    model: Transformer,
-    mesh: Mesh,
-    *,
-    compile: bool,
-    recompute: RecomputeSettings,
-    dtype: torch.dtype = torch.float32,
-    pipelining: PipeliningSettings = ONE_BY_ONE,
-    offload: Offload | None = None,
+    model: Transformer, mesh: Mesh, asked: Asked, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> Layouts:
-    """Leave on this rank its part of everything, and say how all of it lies. dtype: of the run's products.
+    """Leave on this rank its part of everything, and say how all of it lies. dtype: of the run's products on device.
 
-    recompute: a budget's choice is made where a stage is entered; until then everything is run again. offload: where
-    activations lie from forward to backward, if not where they are made.
+    A memory budget's choice of what to run again is made where a stage is entered; until then all of it is.
     """
     layouts = whole_layouts(model)
     split_tensors(model, mesh, layouts)
@@ -40,10 +44,10 @@ def parallelize(
         layouts[name] = Layout(layout.shape, layout.dtype, layout.cuts, layout.stage, sums_of(layout, mesh))
     if mesh.dense is not None:
         cut_shards(model, mesh.grid, layouts)
-    split_layers(model, mesh, pipelining, layouts)  # from here on only this rank's layers are here
-    recompute_layers(model, "full" if isinstance(recompute, BudgetSettings) else recompute)
-    offload_layers(model, offload)
-    if compile:
+    split_layers(model, mesh, asked.parallel.pipelining, layouts)  # from here on only this rank's layers are here
+    recompute_layers(model, "full" if isinstance(asked.recompute, BudgetSettings) else asked.recompute)
+    offload_layers(model, build_offload(device, is_wanted=asked.offload))
+    if asked.compile:
         compile_layers(model)
     shard(model, mesh, dtype)
     return layouts

@@ -208,3 +208,25 @@ def test_differences_name_the_keys() -> None:
 def test_sections_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Root().seed = 1  # type: ignore[misc]
+
+
+class Sources(Section):
+    sources: dict[str, Annotated[Plain | Rich, Field(discriminator="kind")]] = Field(default_factory=dict)
+    stages: tuple[Heads, ...] = Field(min_length=1)
+
+
+def test_an_entry_may_be_called_like_a_key_of_what_it_holds(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.toml", "stages = [{}]\n[sources.steps]\nrate = 0.5\n")
+    with pytest.raises(Refusal, match=r"sources\.steps: needs a kind; known: plain, rich"):
+        load(path, [], Sources)
+    with pytest.raises(Refusal, match=r"sources\.steps\.stepz: unknown key \(value 1\); did you mean 'steps'"):
+        load(path, ["sources.steps={kind='rich', stepz=1}"], Sources)
+
+
+def test_an_array_that_lacks_items_because_one_is_wrong_is_not_called_short(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.toml", "stages = [{ num_heads = 'x' }]\n")
+    with pytest.raises(Refusal) as refusal:
+        load(path, [], Sources)
+    assert str(refusal.value).count("\n") == 0 and "stages.0.num_heads" in str(refusal.value)
+    with pytest.raises(Refusal, match=r"stages=\[\]: .*at least 1 item"):
+        load(path, ["stages=[]"], Sources)

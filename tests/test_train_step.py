@@ -64,7 +64,7 @@ def ready(*overrides: str, world: World = ALONE) -> tuple[StepPlan, Run, Transfo
     run = Run(config, Path("runs/none"), device, torch.float32, world, mesh=mesh)
     batches = Batches(config.data, seed=0, rank=world.rank, world_size=world.size)
     model = build_model(config.model, batches.tokenizer.vocab_size)
-    run.layouts = parallelize(model, mesh, compile=False, recompute=config.recompute)
+    run.layouts = parallelize(model, mesh, config, device)
     fill(model, device, mesh, run.layouts, lambda name, shape: first_values(name, shape, config.model, 0))
     step = config.stages.step(0)
     model.use_rotary(step.stage.rotary)

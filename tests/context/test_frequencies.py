@@ -189,7 +189,7 @@ def test_every_kind_is_tried_here() -> None:
 
 
 def test_channels_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(Refusal, match="channels=7 must be even; try model.attention.channels=8"):
+    with pytest.raises(Refusal, match=r"channels=7 must be even; try model.attention.channels=8"):
         frequencies(PLAIN, 7)
     with pytest.raises(Refusal, match=r"share=0.3 of channels=32, 9, must be even; try share=0.3125"):
         frequencies(DefaultRotary(base=B, share=0.3), 32)

@@ -241,7 +241,7 @@ def test_any_rate_gives_a_window_of_a_row_at_most(rate: float) -> None:
 
 
 def test_a_start_is_one_of_the_lengths() -> None:
-    with pytest.raises(ValidationError, match="start=96 must be a multiple of granularity=128; try 128"):
+    with pytest.raises(ValidationError, match="start=96 must be a multiple of granularity=128; try granularity=96"):
         LinearGrowth(start=96, granularity=128)
 
 

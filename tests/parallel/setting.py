@@ -80,20 +80,13 @@ class Setting:
             Path("words.txt").write_text(text())
         dist.barrier()
         self.config: RunConfig = load_config(TINY, list(overrides))
-        config, parallel = self.config, self.config.parallel
+        config = self.config
         mesh, groups = mesh_of(config, world)
         group = groups[config.row_ranks(config.stages[0])]
         self.run = Run(config, Path("runs/none"), CPU, dtype, world, group, groups, mesh)
         self.batches = batches_of(config.data, self.run.groups)
         self.model = build_model(config.model, self.batches.tokenizer.vocab_size)
-        self.run.layouts = parallelize(
-            self.model,
-            mesh,
-            compile=config.compile,
-            recompute=config.recompute,
-            dtype=dtype,
-            pipelining=parallel.pipelining,
-        )
+        self.run.layouts = parallelize(self.model, mesh, config, CPU, dtype)
         fill(self.model, CPU, mesh, self.run.layouts, lambda name, shape: self.first_value(name, shape, seed))
         split_attention(self.model, group)
         self.model.use_rotary(self.plan(0).stage.rotary)

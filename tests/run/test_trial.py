@@ -35,7 +35,7 @@ def ready(*overrides: str) -> Ready:
     run = Run(config, Path("runs/none"), CPU, torch.float32, World())
     batches = Batches(config.data, seed=config.seed)
     model = build_model(config.model, batches.tokenizer.vocab_size)
-    run.layouts = parallelize(model, run.mesh, compile=False, recompute=config.recompute)
+    run.layouts = parallelize(model, run.mesh, config, CPU)
     initialize(model, 0, CPU)
     model.use_rotary(config.stages[0].rotary)
     return model, build_optimizer(model, config.optimizer), batches, run
