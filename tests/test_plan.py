@@ -111,7 +111,7 @@ def test_another_device_and_what_does_not_fit_on_it(capsys: pytest.CaptureFixtur
     said = printed(capsys, device="h100", rate=None)
     assert "1 x h100" in said and "part by part, of 989T FLOP/s a rank (as published)" in said and "of 79 GiB" in said
     assert "!" not in said
-    assert "%!" in printed(capsys, "model.feed_forward_width=999936", "model.num_layers=150", device="h100", rate=None)
+    assert "%!" in printed(capsys, "model.moe.expert_width=999936", "model.num_layers=150", device="h100", rate=None)
     assert "50% of 989T" in printed(capsys, device="h200", rate=None, efficiency=0.5)
 
 
