@@ -20,6 +20,9 @@ ANY_SIZE = ()
 """The layout of these runs: replicas alone, which any number of ranks can be."""
 ALONE = "goes on alone, losses within 1e-4"
 CLOSE = 1e-4
+OWN_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""The ranks of each start meet in a store of their own: in torchrun's one (torch 2.13) a rank that is quick finds
+the addresses of the start before, and all wait for each other."""
 """How far losses may be apart, as a part of them, once other ranks have added them up."""
 
 
@@ -82,7 +85,7 @@ def _agent(start: Start, nnodes: str, port: int, *, is_host: bool) -> Agent:
     words = ["--nnodes", nnodes, "--nproc-per-node", "1", "--max-restarts", "3", "--local-addr", "127.0.0.1"]
     words += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "faults"]
     words += ["--rdzv-conf", meet, str(start.root / "train.py"), *start.words]
-    environment = {**os.environ, "PYTHONPATH": str(start.root), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **OWN_STORE, "PYTHONPATH": str(start.root), "OMP_NUM_THREADS": "1"}
     with _log(start).open("ab") as file:
         command = [sys.executable, "-m", "torch.distributed.run", *words]
         return subprocess.Popen(command, cwd=start.folder, env=environment, stdout=file, stderr=file)

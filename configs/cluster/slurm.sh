@@ -27,6 +27,9 @@ HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 # shellcheck disable=SC1091
 source .venv/bin/activate
 
+# The ranks of each start meet in a store of their own; in torchrun's one they may find the addresses of those before.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 # torchrun gives ranks that are asked to stop 30 s before it kills them; newer ones can be told to wait for a large save.
 patience=()
 if torchrun --help | grep -e --shutdown-timeout > /dev/null; then patience=(--shutdown-timeout 100); fi
