@@ -18,7 +18,7 @@ import torch
 import torch._dynamo  # what a checkpointed layer would load on each rank anew
 import torch.distributed as dist
 
-TIMEOUT = timedelta(seconds=45)
+TIMEOUT = timedelta(seconds=150)
 
 
 def run_cases(cases: dict[str, Callable[[], None]], rank: int, size: int, folder: Path) -> None:
