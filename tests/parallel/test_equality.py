@@ -1,22 +1,20 @@
 """However the ranks share a model, its steps are those of one process: losses, gradient norms, weights and biases.
 
 Every set of axes that 2 and 4 ranks allow, and other models over some of them; more of them, and 8 ranks, by night
-(`pytest --nightly`). With LONGMOE_TABLE=FILE in the environment, what differed by how much is added to a table there.
+(`pytest --nightly`). What is proven, and how closely, tests/parallel/proven.py makes a table of.
 """
 
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from parallel.world import World
+from tests.parallel.proven import Worst
 from tests.parallel.setting import Setting, this_world
 
 LOSSES = "[{kind='bias',step=1e-2},{kind='loss',coefficient=0.05},{kind='loss',scope='sequence',coefficient=0.05}]"
@@ -29,26 +27,7 @@ MODEL = (
     # AdamW's first steps divide by the gradient's own size: of elements that have none, only rounding would be left.
     "optimizer.epsilon=1e-5",
 )
-TOLERANCE = 1e-5
 Axes = dict[str, int]
-
-
-@dataclass
-class Worst:
-    """The largest relative difference of each kind, over all steps."""
-
-    loss: float = 0.0
-    norm: float = 0.0
-    weights: float = 0.0
-    where: dict[str, str] = field(default_factory=dict)
-
-    def see(self, kind: str, where: str, ours: Tensor, theirs: Tensor) -> None:
-        ours, theirs = ours.double(), theirs.double()
-        assert ours.shape == theirs.shape, f"{where}: {ours.shape}, not {theirs.shape}"
-        error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
-        if not error <= getattr(self, kind):
-            setattr(self, kind, error)
-            self.where[kind] = where
 
 
 class Expected:
@@ -70,24 +49,7 @@ class Expected:
         assert wholes.keys() == self.values.keys()
         for name, value in self.values.items():
             worst.see("weights", name, wholes[name], value)
-        for kind in ("loss", "norm", "weights"):
-            error = getattr(worst, kind)
-            assert error <= TOLERANCE, f"{title}, {axes}: {kind} ({worst.where[kind]}) off by {error:.2e}, relative"
-        write_down(title, axes, worst)
-
-
-def write_down(title: str, axes: Axes, worst: Worst) -> None:
-    """A row of the table that was asked for."""
-    path = os.environ.get("LONGMOE_TABLE")
-    if path is None or dist.get_rank() > 0:
-        return
-    if not Path(path).exists():
-        head = "| model | axes | ranks | loss | gradient norm | weights |\n|---|---|---|---|---|---|\n"
-        Path(path).write_text(head)
-    named = " x ".join(f"{axis} {length}" for axis, length in axes.items()) or "replicate alone"
-    with open(path, "a") as file:
-        numbers = " | ".join(f"{error:.0e}" for error in (worst.loss, worst.norm, worst.weights))
-        file.write(f"| {title} | {named} | {dist.get_world_size()} | {numbers} |\n")
+        worst.judge(title, axes, len(self.reports))
 
 
 def sets_of(size: int) -> Iterable[Axes]:
@@ -115,7 +77,7 @@ def few(ways: Sequence[Any]) -> Sequence[Any]:
 def case_every_set_of_axes() -> None:
     if dist.get_world_size() == 3:
         return
-    expected = Expected((*MODEL, "tokens_per_step=1024") if dist.get_world_size() == 8 else MODEL, steps=3)
+    expected = Expected((*MODEL, "tokens_per_step=1024") if dist.get_world_size() == 8 else MODEL, steps=5)
     for axes in sets_of(dist.get_world_size()):
         expected.check("experts, shared ones, every balance loss", axes)
 
@@ -202,7 +164,7 @@ def case_eight_ranks() -> None:
     if dist.get_world_size() < 8:
         return
     heads = "model.attention={num_heads=8,num_kv_heads=4,channels=4,sink=true,head_norms=true}"
-    expected = Expected((*MODEL, "tokens_per_step=1024", heads), steps=3)
+    expected = Expected((*MODEL, "tokens_per_step=1024", heads), steps=5)
     for axes in (
         {"replicate": 2, "shard": 2, "expert": 4, "context": 2, "tensor": 2},
         {"replicate": 2, "shard": 4, "expert": 2, "context": 4},
@@ -214,13 +176,6 @@ def case_eight_ranks() -> None:
 
 
 CASES = [name for name in globals() if name.startswith("case_")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table() -> None:
-    """Ranks run in folders of their own."""
-    if "LONGMOE_TABLE" in os.environ:
-        os.environ["LONGMOE_TABLE"] = str(Path(os.environ["LONGMOE_TABLE"]).resolve())
 
 
 @pytest.fixture(scope="module")
