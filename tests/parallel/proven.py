@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -51,27 +50,26 @@ class Worst:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A row for each model on each number of ranks, with the largest differences of all its combinations."""
-
-    def group(row: dict[str, Any]) -> tuple[str, int, int]:
-        return row["title"], row["ranks"], row["steps"]
-
-    order = {title: place for place, title in enumerate(dict.fromkeys(row["title"] for row in rows))}
+    """A row for each model, with the largest differences of all its combinations; an axis without a number has 2 ranks."""
     lines = [
-        "| model | ranks | combinations | steps | loss | gradient norm | weights |",
-        "|---|---|---|---|---|---|---|",
+        "| model | combinations by number of ranks | steps | loss | gradient norm | weights |",
+        "|---|---|---|---|---|---|",
     ]
-    ordered = sorted(rows, key=lambda row: (order[row["title"]], row["ranks"], row["steps"]))
-    for (title, ranks, steps), those in groupby(ordered, group):
-        proven = list(those)
-        named = ", ".join(dict.fromkeys(_named(row["axes"]) for row in proven))
+    for title in dict.fromkeys(row["title"] for row in rows):
+        proven = [row for row in rows if row["title"] == title]
+        by_ranks = [
+            f"{ranks}: {', '.join(dict.fromkeys(_named(row['axes']) for row in proven if row['ranks'] == ranks))}"
+            for ranks in sorted({row["ranks"] for row in proven})
+        ]
+        steps = sorted({row["steps"] for row in proven})
         numbers = (f"{max(row[kind] for row in proven):.0e}" for kind in ("loss", "norm", "weights"))
-        lines.append(f"| {title} | {ranks} | {named} | {steps} | {' | '.join(numbers)} |")
+        lines.append(f"| {title} | {'<br>'.join(by_ranks)} | {' and '.join(map(str, steps))} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
 def _named(axes: Mapping[str, int]) -> str:
-    return " x ".join(f"{axis} {length}" for axis, length in axes.items() if length > 1) or "replicate"
+    names = (axis if length == 2 else f"{axis} {length}" for axis, length in axes.items() if length > 1)
+    return " x ".join(names) or "replicate"
 
 
 if __name__ == "__main__":
