@@ -50,7 +50,7 @@ class Worst:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A row for each model, with the largest differences of all its combinations; an axis without a number has 2 ranks."""
+    """A row for each model, with the largest differences of all its combinations, axes of 2 ranks without a number."""
     lines = [
         "| model | combinations by number of ranks | steps | loss | gradient norm | weights |",
         "|---|---|---|---|---|---|",
