@@ -32,8 +32,10 @@ from model.transformer import ModelSettings, Transformer, build_model
 from moe.choice import ExpertChoiceSettings
 from run.checkpoint import read_checkpoint
 from run.config import RunConfig
+from run.fit import check_weights
 from run.identity import read_recorded
 from run.metrics import plain
+from run.records import place_of
 from run.start import choose_device, choose_dtype, refusing
 from settings import Refusal, Section, apply_override, to_dict, validate
 
@@ -104,13 +106,15 @@ def load_checkpoint(path: Path, device_name: str, at_eval: str | None = None) ->
     dtype = choose_dtype(config.precision, device)
     batches = Batches(config.data, seed=config.seed)
     model = build_model(config.model, batches.tokenizer.vocab_size)
+    check_weights(path, weights, model)
     initialize(model, config.seed, device)
     model.load_state_dict(weights)
-    stage = config.stages.last_step(state["tokens"]).stage
+    step, tokens = place_of(state, path)
+    stage = config.stages.last_step(tokens).stage
     model.use_rotary(stage.rotary)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
     materials = Materials(batches.tokenizer, batches.all_held_out(), device, autocast)
-    return Loaded(model, config, materials, stage, state["step"], state["tokens"])
+    return Loaded(model, config, materials, stage, step, tokens)
 
 
 def refuse_token_choosers(model: ModelSettings, at_eval: str) -> None:

@@ -14,9 +14,12 @@ from model.huggingface.convert import DTYPES, Imported, Origin, export, read_fol
 from model.huggingface.files import read_config
 from model.huggingface.tokenizer import FILE, tokenizer_of
 from model.huggingface.traits import Decoder
+from model.transformer import build_model
 from run.checkpoint import read_checkpoint
 from run.config import RunConfig
+from run.fit import check_weights
 from run.identity import may_change, read_recorded
+from run.records import place_of
 from run.sealed import write_sealed
 from run.start import refusing
 from settings import Refusal, apply_override, differences, to_dict, to_toml, validate
@@ -29,11 +32,13 @@ def export_run(arguments: argparse.Namespace) -> None:
     """Write a run's newest checkpoint, or the one given, as a Hugging Face folder."""
     state, config_toml, weights = read_checkpoint(arguments.run)
     config = read_recorded(config_toml, RunConfig, f"{arguments.run}: config.toml")
-    stage = config.stages.last_step(state["tokens"]).stage
-    end_of_text = build_tokenizer(config.data.tokenizer).end_of_text
-    origin = Origin(stage.sequence_length, config.data.tokenizer, end_of_text)
+    step, tokens = place_of(state, arguments.run)
+    stage = config.stages.last_step(tokens).stage
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    check_weights(arguments.run, weights, build_model(config.model, tokenizer.vocab_size))
+    origin = Origin(stage.sequence_length, config.data.tokenizer, tokenizer.end_of_text)
     name = export(Decoder(config.model, stage.rotary), weights, origin, arguments.out, arguments.dtype)
-    print(f"written: {arguments.out}, {name} of step {state['step']:,}, {len(weights)} tensors in {arguments.dtype}")
+    print(f"written: {arguments.out}, {name} of step {step:,}, {len(weights)} tensors in {arguments.dtype}")
 
 
 def import_folder(arguments: argparse.Namespace) -> None:

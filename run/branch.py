@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from run.files import read_text as read_file
 from run.identity import MAY_CHANGE, may_change, read_recorded
 from run.manifest import MANIFEST, Damaged, read_json, read_text
 from settings import Refusal, Section, differences
@@ -112,10 +113,7 @@ def _owner(branch: BranchSettings, config: "RunConfig") -> tuple[str, "RunConfig
         path = Path(where) / "config.toml"
         if not path.is_file():
             raise _refusal(branch, f"{path}: no such file, so {where} is no run; name a run's folder")
-        try:
-            theirs = read_recorded(path.read_text(encoding="utf-8"), type(config), str(path))
-        except UnicodeDecodeError as error:
-            raise _refusal(branch, f"{path} is not UTF-8 at byte {error.start}; put a good copy back") from None
+        theirs = read_recorded(read_file(path), type(config), str(path))
         if theirs.branch is None or theirs.branch.stage < branch.stage:
             return where, theirs
         where = theirs.branch.run

@@ -22,11 +22,11 @@ from parallel.layout import Index, Layout, Layouts, local
 from parallel.mesh import Grid, Mesh
 from parallel.world import World
 from run.deal import Held
+from run.fit import check_same
 from run.keeping import Keeping, folders, newest_good, step_of, verify_steps
 from run.manifest import MANIFEST, Damaged, Manifest, outlines_of, read_json, read_text, ties_of
 from run.optimizer_state import (
     Wanted,
-    check_same,
     check_values,
     load_state,
     new_options,
@@ -192,10 +192,11 @@ class Checkpoints:
         return self.peers.agree(lambda: self._read_parts(folder, manifest, state))
 
     def _read_parts(self, folder: Path, manifest: Manifest, state: dict[str, JSON]) -> "_Content":
+        another, unharmed = f"checkpoint {folder.name} is of another", "nothing was loaded"
         here = _tensors(self.model)
         ours = {name: outline(layout.dtype, layout.shape) for name, layout in self.layouts.items()}
         ours |= {name: outline(tensor.dtype, self.layouts[name].shape) for name, tensor in here.items()}
-        check_same(folder.name, "model", outlines_of(manifest, "model.safetensors"), ours)
+        check_same(f"{another} model; {unharmed}", outlines_of(manifest, "model.safetensors"), ours)
         check_values(values := read_json(folder, "optimizer.json"))
         wanted: dict[str, Wanted] = {}
         moments: Tensors = {}
@@ -206,7 +207,8 @@ class Checkpoints:
             saved = {key: saved[key] for key in saved if owner_of(key) not in elsewhere}
             wanted = wanted_state(names, self.optimizers, self.layouts)
             wanted = {key: want for key, want in wanted.items() if owner_of(key) not in values["untouched"]}
-            check_same(folder.name, "optimizer", saved, {key: want.outline for key, want in wanted.items()})
+            outlines = {key: want.outline for key, want in wanted.items()}
+            check_same(f"{another} optimizer; {unharmed}", saved, outlines)
             new_options(folder.name, names, self.optimizers, values["numbers"])
             owners = {key: want.owner for key, want in wanted.items()}
             moments = read_tensors(folder, "optimizer.safetensors", manifest, self._pick(owners))

@@ -42,6 +42,10 @@ class Examiner:
         self._stage_end: list[Row] = state.get("stage_end", [])
         verdict = state.get("verdict")
         self.verdict = None if verdict is None else Verdict.from_json(verdict)
+        if self.verdict is not None and self.verdict.stage >= len(self._stages):
+            raise Refusal(
+                f"state.json: verdict.stage={self.verdict.stage} is no stage of this run; put a good copy back"
+            )
         self.stops = self._does_stop()
         """Whether the run may not go on; the same on every rank."""
 

@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from run.metrics import POSITION, Row, read_rows, short
+from run.files import read_text
+from run.metrics import Row, read_rows, short
+from run.records import Environment, EvalsRow, MetricsRow, Planned, wrong_with
 from settings import Refusal
 
 
@@ -146,8 +148,8 @@ def read_run(folder: Path) -> RunFacts:
         raise Refusal(f"{folder}: holds no config.toml, so it is no run; give a folder below runs/")
     config_toml, config = _read_config(path)
     described = _read_environment(folder / "environment.json")
-    metrics = read_rows(folder / "metrics.jsonl")
-    asked = read_rows(folder / "evals.jsonl", (*POSITION, "task", "length", "score"))
+    metrics = read_rows(folder / "metrics.jsonl", MetricsRow)
+    asked = read_rows(folder / "evals.jsonl", EvalsRow)
     evals = [row for row in asked if row.get("moment") != "start"]
     starts = [row for row in asked if row.get("moment") == "start"]
     return RunFacts(folder.resolve(), config, config_toml, described, metrics, evals, starts)
@@ -155,26 +157,27 @@ def read_run(folder: Path) -> RunFacts:
 
 def _read_config(path: Path) -> tuple[str, dict[str, Any]]:
     wayout = "put a good copy back (each checkpoint holds one)"
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8")
         config = tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"{path}: is damaged: {error}; {wayout}") from None
-    for number, stage in enumerate(config.get("context", {}).get("stages", [])):
-        for key in ("until_tokens", "sequence_length"):
-            if key not in stage:
-                raise Refusal(f"{path}: is damaged: context.stages.{number} lacks {key}; {wayout}")
+    if wrong := wrong_with(config, Planned):
+        raise Refusal(f"{path}: is damaged: {wrong}; {wayout}")
     return text, config
 
 
 def _read_environment(path: Path) -> dict[str, Any]:
     wayout = "remove it, and the report does without"
+    text = read_text(path) if path.exists() else ""
     try:
-        described = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        described = json.loads(text) if text else {}
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"{path}: is damaged: {error}; {wayout}") from None
     if not isinstance(described, dict):
         raise Refusal(f"{path}: is damaged: it holds no JSON object; {wayout}")
+    if wrong := wrong_with(described, Environment):
+        raise Refusal(f"{path}: is damaged: {wrong}; {wayout}")
     return described
 
 

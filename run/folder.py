@@ -2,11 +2,11 @@
 
 import fcntl
 import json
-import os
 from pathlib import Path
 from typing import IO, Any
 
 from run.config import RunConfig
+from run.files import read_text, write_whole
 from run.identity import changed, read_recorded
 from run.metrics import read_rows
 from settings import Refusal, to_toml
@@ -87,9 +87,9 @@ def describe(folder: Path, config: RunConfig, materials: dict[str, str], around:
     if continues:
         _refuse_other_materials(folder, materials)
         around = _with_restart(folder, config, around)
-    _write(folder / "config.toml", to_toml(config))
-    _write(folder / "materials.json", json.dumps(materials, indent=2) + "\n")
-    _write(folder / "environment.json", json.dumps(around, indent=2) + "\n")
+    write_whole(folder / "config.toml", to_toml(config).encode())
+    write_whole(folder / "materials.json", f"{json.dumps(materials, indent=2)}\n".encode())
+    write_whole(folder / "environment.json", f"{json.dumps(around, indent=2)}\n".encode())
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -97,8 +97,10 @@ def read_table(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        table = json.loads(read_text(path))
+    except Refusal:
+        raise
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"{path}: is damaged: {error}; put a good copy back, or use --fresh to start anew") from None
     if not isinstance(table, dict):
         raise Refusal(f"{path}: is damaged: no JSON object; put a good copy back, or use --fresh to start anew")
@@ -107,7 +109,7 @@ def read_table(path: Path) -> dict[str, Any]:
 
 def _load_recorded(path: Path, way_out: str) -> RunConfig:
     try:
-        return read_recorded(path.read_text(encoding="utf-8"), RunConfig, str(path))
+        return read_recorded(read_text(path), RunConfig, str(path))
     except ValueError as error:
         raise Refusal(
             f"{error}\n{path} is damaged or of another version: put a good copy back (each checkpoint holds one); "
@@ -138,16 +140,3 @@ def _with_restart(folder: Path, config: RunConfig, now: dict[str, Any]) -> dict[
     if tokens >= config.total_tokens or not different:
         return first
     return first | {"restarts": [*restarts, different]}
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside and rename, so that the file is whole at every moment; a file that says the same is left alone."""
-    content = text.encode("utf-8")
-    if path.exists() and path.read_bytes() == content:
-        return
-    partial = path.with_name(f".partial_{path.name}")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

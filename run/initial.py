@@ -8,13 +8,16 @@ import torch
 
 from data.tokenizer import Tokenizer, build_tokenizer
 from model.initialize import first_values
-from model.transformer import Transformer
+from model.transformer import Transformer, build_model
 from moe.upcycle import UpcycleSettings, upcycle
 from parallel.whole import fill
 from run.checkpoint import read_checkpoint
+from run.fit import check_same, check_weights
 from run.identity import read_recorded
 from run.manifest import Damaged, read_json
+from run.records import place_of
 from run.sealed import Tensors
+from run.tensor_file import outline_of
 from settings import Refusal, Section, differences
 
 if TYPE_CHECKING:
@@ -54,7 +57,10 @@ def _given(initial: InitialSettings, run: "Run", tokenizer: Tokenizer) -> Tensor
         state, config_toml, weights = read_checkpoint(initial.checkpoint, run.say)
     except Refusal as refusal:
         raise Refusal(f"initial.checkpoint={initial.checkpoint}: {refusal}") from None
-    notes = _refuse_other_meaning(initial.checkpoint, config_toml, config, tokenizer)
+    step, _ = place_of(state, initial.checkpoint)
+    theirs = read_recorded(config_toml, type(config), f"{initial.checkpoint}: config.toml")
+    notes = _refuse_other_meaning(initial.checkpoint, theirs, config, tokenizer)
+    check_weights(initial.checkpoint, weights, build_model(theirs.model, tokenizer.vocab_size))
     targets = {
         name: torch.empty(layout.shape, dtype=layout.dtype, device="meta") for name, layout in run.layouts.items()
     }
@@ -65,9 +71,11 @@ def _given(initial: InitialSettings, run: "Run", tokenizer: Tokenizer) -> Tensor
     }
     _refuse_other_kinds(initial, dense)
     kept = _outside(weights, dense)
-    _refuse_other_shapes(initial.checkpoint, kept, _outside(targets, dense))
+    saved, ours = ({n: outline_of(t) for n, t in side.items()} for side in (kept, _outside(targets, dense)))
+    another = f"initial.checkpoint={initial.checkpoint}: is of another model"
+    check_same(another, saved, ours, "make model.* fit, or leave it out")
     all_made = {layer: _upcycled(config, prefix, weights, targets) for layer, prefix in dense.items()}
-    run.say(f"starts from {initial.checkpoint}, step {state['step']}: {len(kept)} tensors as they are")
+    run.say(f"starts from {initial.checkpoint}, step {step}: {len(kept)} tensors as they are")
     for note in notes:
         run.say(f"  otherwise than there: {note}")
     for layer, prefix in dense.items():
@@ -98,9 +106,8 @@ def _outside(tensors: Tensors, layers: dict[int, str]) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
 
 
-def _refuse_other_meaning(where: str, config_toml: str, config: "RunConfig", tokenizer: Tokenizer) -> list[str]:
+def _refuse_other_meaning(where: str, theirs: "RunConfig", config: "RunConfig", tokenizer: Tokenizer) -> list[str]:
     """Refuse tensors that would fit and mean something else; returns what is only used in another way, a line each."""
-    theirs = read_recorded(config_toml, type(config), f"{where}: config.toml")
     heads = theirs.model.attention.num_heads
     if heads != config.model.attention.num_heads:
         raise Refusal(
@@ -139,14 +146,3 @@ def _refuse_other_kinds(initial: InitialSettings, dense: dict[int, str]) -> None
             f"initial.upcycle: no layer is dense in {initial.checkpoint} and MoE here; leave it out to start from the"
             " weights as they are"
         )
-
-
-def _refuse_other_shapes(where: str, theirs: Tensors, ours: Tensors) -> None:
-    """Refuse tensors that only one side has, or that differ in shape, by name."""
-    shapes = [{name: tuple(tensor.shape) for name, tensor in side.items()} for side in (theirs, ours)]
-    names = sorted(name for name in {**theirs, **ours} if shapes[0].get(name) != shapes[1].get(name))
-    lines = [f"  {n}: {shapes[0].get(n, 'missing')} there, {shapes[1].get(n, 'missing')} here" for n in names]
-    if lines:
-        more = [f"  and {len(lines) - 10} more"] if len(lines) > 10 else []
-        listed = "\n".join(lines[:10] + more)
-        raise Refusal(f"initial.checkpoint={where}: is of another model:\n{listed}\nmake model.* fit, or leave it out")

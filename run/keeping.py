@@ -7,6 +7,7 @@ from typing import Any
 
 from run.identity import different
 from run.manifest import MANIFEST, Damaged, Manifest, read_json, read_text
+from run.records import State, wrong_with
 from run.sealed import verify
 from settings import Refusal, Section
 
@@ -119,6 +120,8 @@ def verify_steps(folder: Path, rank: int = 0, size: int = 1) -> tuple[Manifest, 
     state = read_json(folder, "state.json")
     if not isinstance(state, dict):
         raise Damaged("state.json holds no table")
+    if wrong := wrong_with(state, State):
+        raise Damaged(f"state.json: {wrong}")
     steps = {MANIFEST: manifest.get("step"), "state.json": state.get("step", manifest.get("step"))}
     if is_step(folder):
         steps["the folder's name"] = step_of(folder)

@@ -4,13 +4,15 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from run import records
+from run.files import read_bytes
 from settings import Refusal
 
 if TYPE_CHECKING:
@@ -80,13 +82,13 @@ class Metrics:
                 self._tensorboard.add_scalar(tag, value, step)
 
 
-def read_rows(path: Path | str, keys: Sequence[str] = POSITION) -> list[Row]:
+def read_rows(path: Path | str, kind: type[records.Row] = records.Row) -> list[Row]:
     """The rows of a JSON-lines file; none where there is no file. An unfinished line is no row.
 
-    Raises Refusal naming the line of a row that lacks one of `keys`.
+    Raises Refusal naming the line and the key of a row that is not of this kind.
     """
     path = Path(path)
-    return [row for _, row in _whole_lines(path, keys)] if path.exists() else []
+    return [row for _, row in _whole_lines(path, kind)] if path.exists() else []
 
 
 class ProgressLine:
@@ -171,23 +173,18 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _whole_lines(path: Path, keys: Sequence[str] = POSITION) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+def _whole_lines(path: Path, kind: type[records.Row] = records.Row) -> Iterator[tuple[str, Row]]:
+    for number, content in enumerate(read_bytes(path).split(b"\n")[:-1], start=1):
         try:
+            line = content.decode("utf-8")
             row = json.loads(line)
-        except ValueError:  # cut short, or the zeros that a power cut leaves
+        except (ValueError, RecursionError):  # cut short, or the zeros that a power cut leaves
             continue
-        if isinstance(row, dict):
-            _check_row(row, keys, f"{path}, line {number}")
-            yield line.decode("utf-8"), row
-
-
-def _check_row(row: Row, keys: Sequence[str], where: str) -> None:
-    lacking = [key for key in keys if key not in row]
-    wrong = [f"{key}={row[key]!r} is no number" for key in POSITION if not isinstance(row.get(key, 0), int)]
-    if lacking or wrong:
-        problem = "; ".join([f"lacks {', '.join(lacking)}"] * bool(lacking) + wrong)
-        raise Refusal(f"{where}: this row {problem}; remove the line or put a good copy of the file back")
+        if not isinstance(row, dict):
+            continue
+        if wrong := records.wrong_with(row, kind):
+            raise Refusal(f"{path}, line {number}: {wrong}; remove the line or put a good copy of the file back")
+        yield line, row
 
 
 def _open_at(path: Path, last_step: int) -> TextIO:

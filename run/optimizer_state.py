@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from parallel.layout import Layouts, local
 from run.deal import Held
+from run.fit import WAY_OUT
 from run.manifest import Damaged
 from run.tensor_file import Outline, outline
 from settings import Refusal
@@ -100,8 +101,7 @@ def new_options(
                         if options.setdefault(key, value) != value:
                             raise Refusal(
                                 f"checkpoint {where} is of another optimizer; nothing was loaded:\n  {saved} is {value}"
-                                f" there, of others that are in one group here {options[key]}\nUse the configuration"
-                                " that wrote it (config.toml beside it), or start anew with --fresh"
+                                f" there, of others that are in one group here {options[key]}\n{WAY_OUT}"
                             )
             found.append((group, options))
     return found
@@ -133,25 +133,6 @@ def load_state(
         place, _, key = name.rpartition(".")
         if place in places and places[place] in owners:
             owners[places[place]].state[places[place]][key] = number
-
-
-def check_same(where: str, part: str, saved: Mapping[str, Outline], ours: Mapping[str, Outline]) -> None:
-    """Raise Refusal naming the tensors that only one side has, or that differ in shape or dtype."""
-    lines = [f"  {name}: not in the checkpoint" for name in ours.keys() - saved.keys()]
-    lines += [f"  {name}: only in the checkpoint, {_shape(saved[name])}" for name in saved.keys() - ours.keys()]
-    for name in ours.keys() & saved.keys():
-        if saved[name] != ours[name]:
-            theirs, wanted = (f"{_shape(side[name])} {side[name]['dtype']}" for side in (saved, ours))
-            lines.append(f"  {name}: {theirs} in the checkpoint, {wanted} here")
-    if lines:
-        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
-        raise Refusal(
-            f"checkpoint {where} is of another {part}; nothing was loaded:\n"
-            + "\n".join(sorted(lines)[:10])
-            + more
-            + "\n"
-            "Use the configuration that wrote it (config.toml beside it), or start anew with --fresh"
-        )
 
 
 def owner_of(key: str) -> str:
@@ -196,7 +177,3 @@ def _plain(option: object) -> JSON:
     if torch.is_tensor(option):
         return option.item()
     return list(option) if isinstance(option, tuple) else option
-
-
-def _shape(facts: Outline) -> tuple[int, ...]:
-    return tuple(facts["shape"])

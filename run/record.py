@@ -22,6 +22,7 @@ from evals.scoring import Cell
 from moe.telemetry import RoutingMeter
 from parallel.sequence import farthest_view
 from run.metrics import Metrics, ProgressLine, Row
+from run.records import place_of
 from run.report import write_report
 from run.start import Run
 
@@ -36,7 +37,7 @@ class Progress:
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Progress":
         """Of a checkpoint's state; of an empty one, that of a new run."""
-        return cls(state.get("step", 0), state.get("tokens", 0))
+        return cls(*place_of(state, "the checkpoint")) if state else cls()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """A run's report: one HTML file with its pictures inside, written from what lies in the run's folder."""
 
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from run.facts import RunFacts, Snapshot, read_run
+from run.files import write_whole
 from run.metrics import clock, short
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -51,11 +51,9 @@ def write_report(run_folder: Path | str) -> Path:
         environment=list(_flat(facts.environment)),
     )
     path = facts.folder / "report.html"
-    partial = path.with_name(".partial_report.html")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, html.encode(errors="replace"))
     if grids := needle_grids(facts, "needle"):
-        heatmap.save_png(grids, facts.folder / "needle.png")
+        write_whole(facts.folder / "needle.png", heatmap.png(grids))
     return path
 
 

@@ -81,8 +81,7 @@ def _demand(row: Row, facts: RunFacts) -> dict[str, str]:
     else:
         demand = f"at most {limit - before:+.3f} bits per byte"
         measured = f"{before:.4f} → {score:.4f}, {score - before:+.4f}"
-    index = -1 if stage is None else stage.index
-    settings = facts.config["context"]["stages"][index].get("gate", {})
+    settings = {} if stage is None else facts.config["context"]["stages"][stage.index].get("gate", {})
     verdict = "met" if row.get("is_met") else f"not met: {settings.get('action', 'warn')}"
     name, asked = stage.name if stage else "", f"{task}, length {row['length']}"
     return {"stage": name, "asked": asked, "demand": demand, "measured": measured, "verdict": verdict}

@@ -18,7 +18,9 @@ from model.initialize import initialize
 from model.transformer import build_model
 from run.checkpoint import read_checkpoint
 from run.config import RunConfig
+from run.fit import check_weights
 from run.identity import read_recorded
+from run.records import place_of
 from run.start import choose_device, choose_dtype, refusing
 from settings import Refusal, to_dict
 
@@ -79,20 +81,22 @@ def load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     dtype = choose_dtype(config.precision, device)
     tokenizer = build_tokenizer(config.data.tokenizer)
     model = build_model(config.model, tokenizer.vocab_size)
+    check_weights(arguments.checkpoint, weights, model)
     initialize(model, config.seed, device)
     model.load_state_dict(weights)
-    stage = config.stages.last_step(state["tokens"]).stage
+    step, tokens = place_of(state, arguments.checkpoint)
+    stage = config.stages.last_step(tokens).stage
     rotary = stage.rotary if arguments.rotary is None else read_rotary(arguments.rotary)
     model.use_rotary(rotary)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    trained = trained_length(config.stages, state["tokens"])
+    trained = trained_length(config.stages, tokens)
     length = trained if arguments.length is None else arguments.length
     if length < 1:
         raise Refusal(f"--length {length}: a request has tokens; give 1 or more")
     facts = {
         "checkpoint": str(arguments.checkpoint),
-        "step": state["step"],
-        "tokens": state["tokens"],
+        "step": step,
+        "tokens": tokens,
         "trained_length": trained,
         "length": length,
         "beyond": arguments.beyond,

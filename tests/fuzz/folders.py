@@ -32,7 +32,7 @@ Good = Mapping[str, str]
 """What undamaged folders give, by door."""
 SHARDS = ("data.sources.words={kind='shards', path='shards', weight=0.7}",)
 STEPS = 9
-DOORS = ("resume", "resume", "resume", "evals", "branch", "initial", "report")
+DOORS = ("resume", "resume", "resume", "evals", "branch", "initial", "report", "export")
 
 
 @dataclass
@@ -44,6 +44,8 @@ class Harm:
     done: list[str] = field(default_factory=list)
     is_resealed: bool = False
     """Whether digests were made to fit: somebody meant it."""
+    is_hidden: bool = False
+    """Whether the newest checkpoint has a name under which nobody looks for it, or only after the others."""
 
 
 # ------------------------------------------------------------------------------------------------- prepared data
@@ -136,7 +138,7 @@ def of_run(template: Path) -> Good:
                 shutil.rmtree(f"runs/tiny/checkpoints/step_{step:08d}")
             return ask_run(door)
 
-        for door in ("resume", "evals", "initial", *(() if gone else ("branch",))):
+        for door in ("resume", "evals", "initial", "export", *(() if gone else ("branch",))):
             good[door + (f" without {gone}" if gone else "")] = told(_asked(template, partial(ask, door)))
     return good
 
@@ -165,6 +167,7 @@ def harm_run(number: int) -> Harm:
             ["step_00000007", "step_00000010", "step_9", "step_00000099", "x", "step_99999999999999999999"]
         )
         newest.rename(newest.with_name(other))
+        harm.is_hidden = other in ("x", "step_00000007")
         harm.done.append(f"{newest.name} called {other}")
     elif rng.random() < 0.4:
         harm.is_resealed = _try(lambda: damage.reseal_checkpoint(newest, rng.random() < 0.6))
@@ -190,13 +193,22 @@ def ask_run(door: str) -> Outcome:
     if door == "evals":
         with arriving("evals.suite.run_suite", lambda model, *_: _digest(model.state_dict())):
             return command("evals", ["runs/tiny", "--tasks", "held_out", "--device", "cpu"])
+    if door == "export":
+        place = "model.huggingface.convert.export"
+        with arriving(place, lambda _, weights, origin, *rest: f"{_digest(weights)} {origin}"):
+            return command("model", ["export", "runs/tiny", "out"])
     words = {
         "resume": [str(TINY), "checkpoint.asynchronous=false"],
         "branch": [*first, "branch={run='runs/tiny', stage=1}"],
         "initial": [*first, "initial.checkpoint=runs/tiny"],
     }[door]
-    with arriving("run.trial.try_batches", _learned):
+    with patch("run.trial.try_batches", _tell_learned), arriving("run.microbatches.take_step", lambda *_: ""):
         return command("train.py", words)
+
+
+def _tell_learned(*arguments: Any) -> None:
+    """What a resume has got back; it then goes on to its first step, so that all of the state is read."""
+    print(f"ARRIVED {_learned(*arguments)}")
 
 
 def _learned(model: Any, optimizer: Any, _batches: Any, _run: Any, tokens: int) -> str:
@@ -254,7 +266,7 @@ def told(outcome: Outcome) -> str:
 
 
 def _arrived_with(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.startswith("ARRIVED ")]
+    lines = [line for line in text.splitlines() if line.startswith("ARRIVED ") and len(line) > len("ARRIVED ")]
     return lines[-1] if lines else ""
 
 
@@ -273,7 +285,7 @@ def judge(harm: Harm, outcome: Outcome, good: Good, names: set[str]) -> Outcome:
         came = _arrived_with(shown)
         if came not in known:
             outcome.found.append(f"taken for good, and is not: {came} instead of {known}")
-        elif came != good[harm.door] and not warned:
+        elif came != good[harm.door] and not warned and not harm.is_hidden:
             outcome.found.append("an older checkpoint was taken without a word")
     return outcome
 

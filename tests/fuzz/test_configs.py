@@ -49,7 +49,8 @@ def failures(cases: dict[int, Case]) -> str:
     [pytest.param(n, marks=[pytest.mark.nightly] if n >= QUICK else []) for n in range(0, ALL, BATCH)],
 )
 def test_damaged_configurations_load_or_are_refused_by_name(first: int) -> None:
-    assert not failures({number: case(number) for number in range(first, first + BATCH)})
+    found = failures({number: case(number) for number in range(first, first + BATCH)})
+    assert not found, found
 
 
 @pytest.mark.parametrize(
@@ -58,12 +59,14 @@ def test_damaged_configurations_load_or_are_refused_by_name(first: int) -> None:
 def test_numbers_at_their_bounds_load_or_are_refused_by_name(part: int) -> None:
     made = dict(enumerate(bounds()))
     assert len(made) > 1500, "the schema is walked whole"
-    assert not failures({number: each for number, each in made.items() if number % 20 == part})
+    found = failures({number: each for number, each in made.items() if number % 20 == part})
+    assert not found, found
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_what_was_found_stays_mended(name: str) -> None:
-    assert not failures({0: NAMED[name]})
+    found = failures({0: NAMED[name]})
+    assert not found, found
 
 
 def test_the_command_itself_refuses_and_shows(tmp_path: Path) -> None:

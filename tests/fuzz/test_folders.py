@@ -52,12 +52,14 @@ def failures(trial: Callable[[Path, int, Good], Outcome], template: Template, fi
 
 @pytest.mark.parametrize("first", numbers(DATA, QUICK_DATA))
 def test_damaged_shards_are_refused_by_name(first: int, shards: Template) -> None:
-    assert not failures(try_shards, shards, first)
+    found = failures(try_shards, shards, first)
+    assert not found, found
 
 
 @pytest.mark.parametrize("first", numbers(RUNS, QUICK_RUNS))
 def test_damaged_runs_and_checkpoints_are_refused_or_passed_over(first: int, run: Template) -> None:
-    assert not failures(try_run, run, first)
+    found = failures(try_run, run, first)
+    assert not found, found
 
 
 def test_what_is_taken_for_good_is_compared() -> None:
