@@ -3,7 +3,6 @@
 import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,11 +12,6 @@ from evals.colours import FAINT, INK, MISSING, RED_TO_GREEN, ink_on
 from evals.grid import Grid
 
 CELL_INCHES = (0.66, 0.52)
-
-
-def save_png(grids: Sequence[Grid], path: Path | str, title: str = "", dpi: int = 160) -> None:
-    """Write the grids side by side as one picture."""
-    Path(path).write_bytes(png(grids, title, dpi))
 
 
 def png(grids: Sequence[Grid], title: str = "", dpi: int = 160) -> bytes:
