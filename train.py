@@ -39,8 +39,7 @@ from run.ways import try_layers
 def main(config: RunConfig, *, fresh: bool = False) -> None:
     """One run, from its start or from its newest good checkpoint, to its end or to a signal."""
     run = start(config, fresh=fresh)
-    config = run.config
-    stages = config.stages
+    config, stages = run.config, run.config.stages
     with run.world.main_first():
         batches = Batches(config.data, seed=config.seed, rank=run.groups.rank, world_size=run.groups.size)
     for step in stages.first_steps():
@@ -86,6 +85,7 @@ def main(config: RunConfig, *, fresh: bool = False) -> None:
         run.stop_requested |= checkpoints.has_failed  # on any rank: the next save, or `close`, says why on all of them
     if checkpoints.latest_step != progress.step and report is not None:
         save(checkpoints, progress, run, examiner)  # stopped by a signal
+    run.watchdog.at("what was saved last", is_slow=True)
     checkpoints.close()
     recorder.close(progress, is_asked_to_stop=not examiner.stops)
     run.finish()

@@ -161,8 +161,13 @@ def _sums_4(stats: RoutingStats) -> Tensor:
     num_experts = stats.logits_NE.shape[1]
     entropy = torch.special.entr(only_real(stats, stats.probabilities_NE)).sum() / math.log(max(num_experts, 2))
     z = only_real(stats, stats.logits_NE.logsumexp(dim=-1).square()).sum()
-    sums = [z, entropy, torch.as_tensor(stats.num_real, device=z.device), stats.counts_E.sum()]
+    sums = [z, entropy, _on(z.device, stats.num_real), stats.counts_E.sum()]
     return torch.stack([value.double() for value in sums])
+
+
+def _on(device: torch.device, count: Tensor | int) -> Tensor:
+    """A number of the host is written there, not copied: a copy would wait for all that the device has still to do."""
+    return count if isinstance(count, Tensor) else torch.full((), count, device=device)
 
 
 def _largest_logit(stats: RoutingStats) -> Tensor:

@@ -6,6 +6,7 @@ values and the gradient's norm all follow from it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -54,18 +55,11 @@ class Layout:
 
     def index(self, grid: Grid, rank: int) -> Index:
         """What a rank holds of each dimension: slices where it is one stretch, else numbers."""
-        numbers: dict[int, Tensor] = {}
-        for cut in self.cuts:
-            length, place = grid.length(cut.axis), grid.place(cut.axis, rank)
-            whole = numbers.get(cut.dim, torch.arange(self.shape[cut.dim])).view(cut.blocks, -1)
-            size = -(-whole.shape[1] // length)
-            numbers[cut.dim] = whole[:, place * size : (place + 1) * size].flatten()
-        # Numbers in two dimensions would be paired, not crossed; cuts in blocks are never in two.
-        return tuple(_as_slice(numbers[d]) if d in numbers else slice(None) for d in range(len(self.shape)))
+        return _index(self, grid, rank)
 
     def part_shape(self, grid: Grid, rank: int) -> torch.Size:
         """The shape of what a rank holds; a dimension may come to 0."""
-        return torch.empty(self.shape, device="meta")[self.index(grid, rank)].shape
+        return _part_shape(self, grid, rank)
 
     def take(self, whole: Tensor, grid: Grid, rank: int) -> Tensor:
         """A rank's part of the whole tensor: a view where it is one stretch, else a copy."""
@@ -84,11 +78,7 @@ class Layout:
 
     def owners(self, grid: Grid) -> list[int]:
         """The ranks whose parts, not empty, make the whole tensor once: of those with the same part, the first."""
-        first: dict[tuple[int, ...], int] = {}
-        for rank in range(grid.size):
-            if self.has(grid, rank) and 0 not in self.part_shape(grid, rank):
-                first.setdefault(tuple(grid.place(cut.axis, rank) for cut in self.cuts), rank)
-        return sorted(first.values())
+        return list(_owners(self, grid))
 
 
 Layouts = Mapping[str, Layout]
@@ -117,3 +107,30 @@ def _as_slice(numbers: Tensor) -> slice | Tensor:
         return slice(0, 0)
     first, last = int(numbers[0]), int(numbers[-1])
     return slice(first, last + 1) if last - first + 1 == len(numbers) else numbers
+
+
+# Layers are alike, so few layouts are asked about again and again: at every step by Muon, for all ranks by checkpoints.
+@lru_cache(maxsize=1 << 16)
+def _index(layout: Layout, grid: Grid, rank: int) -> Index:
+    numbers: dict[int, Tensor] = {}
+    for cut in layout.cuts:
+        length, place = grid.length(cut.axis), grid.place(cut.axis, rank)
+        whole = numbers.get(cut.dim, torch.arange(layout.shape[cut.dim])).view(cut.blocks, -1)
+        size = -(-whole.shape[1] // length)
+        numbers[cut.dim] = whole[:, place * size : (place + 1) * size].flatten()
+    # Numbers in two dimensions would be paired, not crossed; cuts in blocks are never in two.
+    return tuple(_as_slice(numbers[d]) if d in numbers else slice(None) for d in range(len(layout.shape)))
+
+
+@lru_cache(maxsize=1 << 16)
+def _part_shape(layout: Layout, grid: Grid, rank: int) -> torch.Size:
+    return torch.empty(layout.shape, device="meta")[_index(layout, grid, rank)].shape
+
+
+@lru_cache(maxsize=1 << 12)
+def _owners(layout: Layout, grid: Grid) -> tuple[int, ...]:
+    first: dict[tuple[int, ...], int] = {}
+    for rank in range(grid.size):
+        if layout.has(grid, rank) and 0 not in layout.part_shape(grid, rank):
+            first.setdefault(tuple(grid.place(cut.axis, rank) for cut in layout.cuts), rank)
+    return tuple(sorted(first.values()))

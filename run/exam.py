@@ -64,7 +64,8 @@ class Examiner:
         Both before the checkpoint of the stage's end is written: a run that goes on from there has all their rows.
         """
         evals, stage = self._evals, step.stage
-        self.run.watchdog.at(f"evaluation after {progress.tokens:,} tokens")
+        # Slow: a rank whose rows are answered waits for the others', and begins no forward pass.
+        self.run.watchdog.at(f"evaluation after {progress.tokens:,} tokens", is_slow=True)
         if is_due(evals, step.start_tokens, step.end_tokens, is_stage_end=step.is_last_of_stage):
             next_rotary = self._stages.new_rotary(progress.tokens)
             cells = self._ask(evals, next_rotary)

@@ -23,6 +23,7 @@ from parallel.layout import local
 from parallel.world import World
 from run.checkpoint import Checkpoints
 from run.spikes import History, SpikeSettings
+from run.watchdog import Watchdog
 from run.writing import settle
 from settings import Refusal, Section
 
@@ -53,9 +54,12 @@ class Guard:
     was skipped is found out when a row or a checkpoint is written, or after `most_skipped` steps.
     """
 
-    def __init__(self, settings: GuardSettings | None = None, world: World | None = None) -> None:
-        """world: all ranks of the run."""
+    def __init__(
+        self, settings: GuardSettings | None = None, world: World | None = None, watchdog: Watchdog | None = None
+    ) -> None:
+        """world: all ranks of the run. watchdog: is told what takes long."""
         self.settings, self.world = settings or GuardSettings(), world or World()
+        self.watchdog = watchdog or Watchdog()
         self.history = History(self.settings.spike)
         self.skipped = self.in_a_row = self.roll_backs = 0
         self.passed_over: list[list[Any]] = []
@@ -202,7 +206,8 @@ class Guard:
         if self.roll_backs >= most:
             why = f"step {number}: {text}, after {most} roll backs (guard.spike.most_roll_backs={most})"
             self._refuse(why, checkpoints.latest_step)
-        state = checkpoints.restore_latest()
+        with self.watchdog.slow(f"going back from step {number}"):
+            state = checkpoints.restore_latest()
         assert state is not None
         # A stage that begins anew without moments has had its first step since.
         if state["tokens"] <= step.stage.start_tokens and step.stage.settings.moments == "reset":
@@ -224,7 +229,8 @@ class Guard:
 
     def _refuse(self, why: str, last_good: int | None) -> NoReturn:
         """On every rank; the main one says it, and what it calls intact is on the disk by then."""
-        settle()
+        with self.watchdog.slow("what was saved last"):
+            settle()
         if not self.world.is_main:
             raise SystemExit(2)
         raise Refusal(

@@ -63,10 +63,14 @@ class Keeping:
         newest: the checkpoint that has just been written, which is good.
         """
         self.verdicts[newest] = True
-        here = folders(self.folder)
-        good = [folder for folder in here if self.is_good(folder)]
-        stale = [folder for folder in good[self.keep :] if folder != newest and not self._stays(folder)]
-        stale += [f for f in here if self.is_good(f) is False and step_of(f) <= step_of(newest)]
+        num_good, stale = 0, []
+        for folder in folders(self.folder):
+            if num_good >= self.keep:  # nothing beyond them has to be read, however much there is
+                stale += [folder] if folder != newest and not self._stays(folder) else []
+            elif self.is_good(folder):
+                num_good += 1
+            elif self.verdicts.get(folder) is False and step_of(folder) <= step_of(newest):
+                stale.append(folder)
         for folder in stale:
             shutil.rmtree(folder, ignore_errors=True)
             self.verdicts.pop(folder, None)

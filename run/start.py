@@ -67,10 +67,11 @@ class Run:
     watchdog: Watchdog = field(init=False)
     """What ends this rank where it stands still."""
     stop_requested: bool = False
+    """Whether this rank has a reason to end the run after the step that it is in."""
 
     def __post_init__(self) -> None:
-        self.guard = Guard(self.config.guard, self.world)
         self.watchdog = Watchdog(self.config.watchdog, self.world.rank)
+        self.guard = Guard(self.config.guard, self.world, self.watchdog)
         self.mesh = self.mesh or Mesh(Grid(self.world.size), self.world, {})
 
     @property
@@ -237,10 +238,13 @@ def _complain(line: str) -> None:
 
 
 def _stop_on_signals(run: Run) -> None:
+    asked: set[int] = set()
+
     def request(number: int, _frame: FrameType | None) -> None:
-        if run.stop_requested:  # asked twice: the person does not want to wait for the step
+        if asked:  # twice: the person does not want to wait for the step
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        asked.add(number)
         run.stop_requested = True
 
     signal.signal(signal.SIGTERM, request)

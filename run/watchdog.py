@@ -32,7 +32,7 @@ class WatchdogSettings(Section):
     """A rank that has begun no forward pass and no step for so long writes its stacks down and ends with status 2.
     0: nobody looks."""
     slow_seconds: float = Field(default=3600.0, gt=0, le=1e8)
-    """The same for what cannot say how far it is: the start, and writing a checkpoint."""
+    """The same for what cannot say how far it is: the start, a checkpoint, waiting for other ranks in an evaluation."""
 
     @property
     def timeout(self) -> timedelta | None:
@@ -66,6 +66,17 @@ class Watchdog:
         """The run has come to something new. is_slow: it takes `slow_seconds`, as it cannot say how far it is."""
         self._doing, self._limit = doing, self.settings.slow_seconds if is_slow else self.settings.seconds
         self.beat()
+
+    @contextmanager
+    def slow(self, doing: str) -> Iterator[None]:
+        """Inside, the run does something that takes `slow_seconds`; afterwards what it did before."""
+        before = self._doing, self._limit
+        self.at(doing, is_slow=True)
+        try:
+            yield
+        finally:
+            self._doing, self._limit = before
+            self.beat()
 
     def beat(self) -> None:
         """The run goes on with what it does."""

@@ -75,6 +75,8 @@ class Writing:
             raise error_of(trouble, 0)
         for sent in under_way:
             sent.wait()
+        if self.peers.is_main:  # nobody waits for it, who may have to read old checkpoints
+            self.keeping.prune(self.target)
 
     def _conclude(self, answers: list[dict[str, JSON]]) -> list[str] | None:
         """On the main rank: seal what all ranks have written, or remove it; returns what went wrong."""
@@ -85,7 +87,6 @@ class Writing:
                 texts = {**self.texts, "optimizer.json": _merged([json.loads(said["numbers"]) for said in answers])}
                 files += [write_text(self._partial, name, text) for name, text in texts.items()]
                 seal(self._partial, self.target, files, self.facts)
-                self.keeping.prune(self.target)
             except Exception as error:
                 trouble = trouble_of(self._told(error))
         if trouble is not None:

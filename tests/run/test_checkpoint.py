@@ -282,7 +282,7 @@ def test_a_checkpoint_of_another_configuration_is_passed_over_by_name(tmp_path: 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.EACCES])
 def test_a_file_that_cannot_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     paths = saved_run(tmp_path, steps=3)
-    checkpoints, warnings = open_in(tmp_path, *build(), keep=1)
+    checkpoints, warnings = open_in(tmp_path, *build(), keep=2)
 
     def failing(path: Path) -> str:
         raise OSError(code, "not now", str(path))

@@ -21,3 +21,16 @@ def test_nothing_is_read_where_there_are_no_more_than_may_be(tmp_path: Path, mon
     monkeypatch.setattr(Keeping, "prune", lambda *_: pytest.fail("all of them would be verified"))
     assert checkpoints.restore_latest() is not None
     assert all(path.exists() for path in paths)
+
+
+def test_what_stays_for_good_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on beside fifty ends of stages may not have to read them all before its first save is done."""
+    paths = saved_run(tmp_path, steps=6, keep=6)
+    checkpoints, _ = open_in(tmp_path, *build(), keep=2)
+    keeping = checkpoints.keeping
+    keeping.keep_every = 1
+    read: list[str] = []
+    verify = keeping.verify
+    monkeypatch.setattr(keeping, "verify", lambda folder: read.append(folder.name) or verify(folder))
+    keeping.prune(paths[-1])
+    assert read == ["step_00000005"] and all(path.exists() for path in paths)
