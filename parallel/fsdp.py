@@ -4,13 +4,11 @@ Products take weights in the run's precision: these are gathered in it, half the
 numbers that autocast gives of whole weights. Routers, norms, embedding and head are gathered in fp32.
 """
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
@@ -40,8 +38,12 @@ def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
                 shard_placement_fn=partial(_placement, length),
             )
         if dtype != torch.float32:
+            # Head norms, norms of latents and sinks stay with the block, in fp32.
+            products = [module for module in block.attention.modules() if isinstance(module, nn.Linear)]
+            fully_shard(products, mesh=mesh.dense, mp_policy=low, **apart)
             dense = feed_forward.shared if isinstance(feed_forward, MoE) else feed_forward
-            _each([block.attention, dense], mesh.dense, low, apart)
+            if dense is not None:
+                fully_shard(dense, mesh=mesh.dense, mp_policy=low, **apart)
         fully_shard(block, mesh=mesh.dense, **apart)
     for root in roots_of(model):
         fully_shard(root, mesh=mesh.dense, **apart)
@@ -83,12 +85,6 @@ def reshard(model: nn.Module) -> None:
     """Let go of what the last forward pass has gathered for a backward pass that does not come."""
     if isinstance(model, FSDPModule):
         model.reshard()
-
-
-def _each(modules: Iterable[nn.Module | None], mesh: DeviceMesh, policy: MixedPrecisionPolicy, apart: Any) -> None:
-    for module in modules:
-        if module is not None:
-            fully_shard(module, mesh=mesh, mp_policy=policy, **apart)
 
 
 def _moes(model: nn.Module) -> list[MoE]:

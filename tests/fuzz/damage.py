@@ -35,11 +35,11 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
 
 
-def damage(path: Path, rng: Random) -> str:
-    """Change one file, more often than not in a way that its kind can be changed in."""
+def damage(path: Path, rng: Random, *, is_meant: bool = False) -> str:
+    """Change one file; is_meant: in a way that its kind can be changed in, as somebody would who knows it."""
     own = INSIDE.get(path.suffix, [])
     try:
-        return f"{path.name}: " + rng.choice([*own, *own, *ANY])(path, rng)
+        return f"{path.name}: " + rng.choice(own if own and is_meant else [*own, *own, *ANY])(path, rng)
     except (ValueError, KeyError, IndexError, TypeError, SafetensorError, OSError):  # not what its name says any more
         return f"{path.name}: " + cut(path, rng)
 

@@ -155,22 +155,23 @@ def harm_run(number: int) -> Harm:
     harm = Harm(f"run {number}", rng.choice(DOORS))
     run = Path("runs/tiny")
     newest = run / "checkpoints" / f"step_{8 if harm.door == 'branch' else 9:08d}"
+    is_meant = rng.random() < 0.5
     if harm.door == "report" or rng.random() < 0.25:
         files = [path for path in damage.files_below(run) if path.parent == run]
     else:
         files = damage.files_below(newest if rng.random() < 0.8 else run / "checkpoints")
     for _ in range(rng.choice([1, 1, 1, 2])):
         there = [path for path in files if path.is_file() and not path.is_symlink()]
-        harm.done.append(damage.damage(rng.choice(there), rng))
-    if rng.random() < 0.12 and newest.is_dir():
+        harm.done.append(damage.damage(rng.choice(there), rng, is_meant=is_meant))
+    if is_meant:
+        harm.is_resealed = _try(lambda: damage.reseal_checkpoint(newest, rng.random() < 0.6))
+    elif rng.random() < 0.2 and newest.is_dir():
         other = rng.choice(
             ["step_00000007", "step_00000010", "step_9", "step_00000099", "x", "step_99999999999999999999"]
         )
         newest.rename(newest.with_name(other))
         harm.is_hidden = other in ("x", "step_00000007")
         harm.done.append(f"{newest.name} called {other}")
-    elif rng.random() < 0.4:
-        harm.is_resealed = _try(lambda: damage.reseal_checkpoint(newest, rng.random() < 0.6))
     return harm
 
 
