@@ -10,6 +10,7 @@ from pydantic import Field
 from run.files import read_text as read_file
 from run.identity import MAY_CHANGE, may_change, read_recorded
 from run.manifest import MANIFEST, Damaged, read_json, read_text
+from run.records import read_materials
 from settings import Refusal, Section, differences
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _with_freedom(theirs: "RunConfig", ours: "RunConfig", keys: tuple[str, ...])
 
 def _refuse_other_data(branch: BranchSettings, where: Path, materials: Mapping[str, str]) -> None:
     try:
-        before = read_json(where, "materials.json")
+        before = read_materials(where)
     except Damaged as damage:
         raise _refusal(branch, f"{damage}, so nothing says what its data was; put a good copy back") from None
     others = sorted(key for key, value in before.items() if materials.get(key) != value)

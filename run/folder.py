@@ -9,6 +9,7 @@ from run.config import RunConfig
 from run.files import read_text, write_whole
 from run.identity import changed, read_recorded
 from run.metrics import read_rows
+from run.records import Environment, Record, wrong_with
 from settings import Refusal, to_toml
 
 RUNS = Path("runs")
@@ -92,8 +93,8 @@ def describe(folder: Path, config: RunConfig, materials: dict[str, str], around:
     write_whole(folder / "environment.json", f"{json.dumps(around, indent=2)}\n".encode())
 
 
-def read_table(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object; nothing where there is no file. Raises Refusal when it is damaged."""
+def read_table(path: Path, kind: type[Record] = Record) -> dict[str, Any]:
+    """One object of a kind in a JSON file; nothing where there is no file. Raises Refusal where it is damaged."""
     if not path.exists():
         return {}
     try:
@@ -104,6 +105,8 @@ def read_table(path: Path) -> dict[str, Any]:
         raise Refusal(f"{path}: is damaged: {error}; put a good copy back, or use --fresh to start anew") from None
     if not isinstance(table, dict):
         raise Refusal(f"{path}: is damaged: no JSON object; put a good copy back, or use --fresh to start anew")
+    if wrong := wrong_with(table, kind):
+        raise Refusal(f"{path}: is damaged: {wrong}; put a good copy back, or use --fresh to start anew")
     return table
 
 
@@ -130,7 +133,7 @@ def _refuse_other_materials(folder: Path, now: dict[str, str]) -> None:
 
 def _with_restart(folder: Path, config: RunConfig, now: dict[str, Any]) -> dict[str, Any]:
     """The facts of the first start, and what is new since the last one, unless the run has nothing left to do."""
-    first = read_table(folder / "environment.json") or now
+    first = read_table(folder / "environment.json", Environment) or now
     restarts = first.get("restarts", [])
     last = dict(first)
     for restart in restarts:

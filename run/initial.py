@@ -14,8 +14,8 @@ from parallel.whole import fill
 from run.checkpoint import read_checkpoint
 from run.fit import check_same, check_weights
 from run.identity import read_recorded
-from run.manifest import Damaged, read_json
-from run.records import place_of
+from run.manifest import Damaged
+from run.records import place_of, read_materials
 from run.sealed import Tensors
 from run.tensor_file import outline_of
 from settings import Refusal, Section, differences
@@ -128,9 +128,11 @@ def _tokenizer_of(path: Path, config: "RunConfig") -> str:
     """The fingerprint that a run wrote down; of a checkpoint alone, that of the tokenizer its configuration names."""
     for folder in (path, *path.resolve().parents[:2]):
         try:
-            return read_json(folder, "materials.json")["tokenizer"]
+            materials = read_materials(folder)
         except Damaged:
             continue
+        if "tokenizer" in materials:
+            return materials["tokenizer"]
     return build_tokenizer(config.data.tokenizer).fingerprint
 
 

@@ -4,12 +4,14 @@ Keys that are not named here are free, and so is a file of another version that 
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
 from data.distances import EDGES
 from evals.grid import SHARES_RIGHT
+from run.manifest import Damaged, read_json
 from settings import Refusal
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -203,8 +205,9 @@ class Sizes(Record):
 
 
 class Environment(Record):
-    """environment.json, as far as a report reads it."""
+    """environment.json, as far as a report, or a run that goes on, reads it."""
 
+    restarts: list[dict[str, Any]] = []
     branched_from: BranchedFrom | None = None
     parameters: Sizes | None = None
 
@@ -220,6 +223,14 @@ def wrong_with(table: Mapping[str, Any], kind: type[Record]) -> str:
             return f"lacks {key}"
         return f"{key}={problem['input']!r:.60}: {message}" if key else message
     return ""
+
+
+def read_materials(folder: Path) -> dict[str, str]:
+    """What a run's data is, by digest, as its materials.json has it; raises Damaged where that is none."""
+    materials = read_json(folder, "materials.json")
+    if not isinstance(materials, dict) or not all(isinstance(digest, str) for digest in materials.values()):
+        raise Damaged("materials.json is no table of digests")
+    return materials
 
 
 def place_of(state: Mapping[str, Any], where: object) -> tuple[int, int]:

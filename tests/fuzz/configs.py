@@ -60,7 +60,7 @@ def known() -> set[str]:
 
 def keys_of(made: Case) -> set[str]:
     """The keys that were written, whatever they are."""
-    found = {part for word in made.words for part in word.partition("=")[0].split(".")}
+    found = {part for word in made.words if "=" in word for part in word.partition("=")[0].split(".")}
     for content in made.files.values():
         try:
             keys = [str(path[-1]) for path in places(tomllib.loads(content.decode()))]

@@ -9,8 +9,9 @@ import pytest
 
 from run.facts import read_run
 from run.files import read_bytes, read_text, write_whole
+from run.manifest import Damaged
 from run.metrics import read_rows
-from run.records import EvalsRow, MetricsRow, Record, State, place_of, wrong_with
+from run.records import EvalsRow, MetricsRow, Record, State, place_of, read_materials, wrong_with
 from settings import Refusal
 
 STEP = {"step": 1, "tokens": 10}
@@ -64,6 +65,13 @@ def test_a_state_without_its_place_is_refused() -> None:
     assert place_of(STEP, "x") == (1, 10)
     with pytest.raises(Refusal, match=r"x: state\.json lacks tokens"):
         place_of({"step": 1}, "x")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"tokenizer": 3}'])
+def test_materials_that_are_no_digests_are_damaged(tmp_path: Path, text: str) -> None:
+    (tmp_path / "materials.json").write_text(text)
+    with pytest.raises(Damaged, match=r"materials\.json"):
+        read_materials(tmp_path)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
