@@ -23,7 +23,7 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise Refusal(f"{path}: is not UTF-8 at byte {error.start}; put a good copy back") from None
+        raise Refusal(f"{path}: is damaged, no UTF-8 at byte {error.start}; put a good copy back") from None
 
 
 def write_whole(path: Path, content: bytes) -> None:

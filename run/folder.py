@@ -99,8 +99,8 @@ def read_table(path: Path, kind: type[Record] = Record) -> dict[str, Any]:
         return {}
     try:
         table = json.loads(read_text(path))
-    except Refusal:
-        raise
+    except Refusal as refusal:
+        raise Refusal(f"{refusal}, or use --fresh to start anew") from None
     except (ValueError, RecursionError) as error:
         raise Refusal(f"{path}: is damaged: {error}; put a good copy back, or use --fresh to start anew") from None
     if not isinstance(table, dict):

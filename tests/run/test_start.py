@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from model.size import Size
+from run import files
 from run import folder as room
 from run.config import RunConfig, load_config
 from run.folder import describe, hold, let_go
@@ -131,7 +132,7 @@ def test_files_are_replaced_whole_and_only_when_they_differ(monkeypatch: pytest.
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(room.os, "replace", die)
+    monkeypatch.setattr(files.os, "replace", die)
     with pytest.raises(KeyboardInterrupt):
         opened("log.every_steps=5")
     assert load_config(folder / "config.toml", []) == tiny(), "the old file stays whole until the new one is"
