@@ -50,6 +50,8 @@ class Share:
     """How many cut each of those experts among them."""
     shard_ranks: int = 1
     """How many cut all other weights."""
+    stays_whole: bool = False
+    """Whether what is gathered of weights, and their gradients, are there until the step ends, as pipelines have it."""
     tensor_ranks: int = 1
     """How many cut heads and inner channels, and share out the tokens between layers."""
     row_ranks: int = 1
@@ -190,15 +192,22 @@ def _ends(settings: ModelSettings, share: Share) -> int:
 
 def _gathered(settings: ModelSettings, vocab_size: int, share: Share) -> int:
     """Two layers' weights, one at work and the next on its way; the gradients of as many, and in fp32 to be summed;
-    and embedding and head in fp32, as long as a micro-batch takes, with their gradients."""
+    and embedding and head in fp32, as long as a micro-batch takes, with their gradients. Of a pipeline's rank, the
+    weights of all its layers, and their gradients in fp32."""
     if share.shard_ranks == 1:
         return 0
     here = share.layers or tuple(range(settings.num_layers))
     cuts, c = Cuts(share.tensor_ranks, share.expert_ranks), share.numbers.itemsize
-    made = [p for p in products(settings, here[-1], 1, cuts) if p.kind != "experts" or share.expert_shard_ranks > 1]
-    weights = sum(product.weights for product in made)
+
+    def cut_weights(layer: int) -> float:
+        made = products(settings, layer, 1, cuts)
+        return sum(p.weights for p in made if p.kind != "experts" or share.expert_shard_ranks > 1)
+
+    weights = cut_weights(here[-1])
     end = head(settings, vocab_size, 1, cuts).weights
     ends = end * (share.has_head + (share.has_embedding and not settings.tied_embeddings))
+    if share.stays_whole:
+        return int(sum(map(cut_weights, here)) * (c + FP32) + weights * FP32 + 2 * FP32 * ends)
     return int(min(2, len(here)) * weights * c + weights * (c + FP32) + 2 * FP32 * ends)
 
 

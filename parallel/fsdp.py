@@ -26,6 +26,9 @@ def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
         return
     own = {parameter for moe in _moes(model) for parameter in (moe.experts.gate_up, moe.experts.down)}
     apart: dict[str, Any] = {"ignored_params": own} if mesh.experts is None else {}
+    # A pipeline goes through its layers many times a step: weights stay whole meanwhile, and so do gradients.
+    keeps: dict[str, Any] = {"reshard_after_forward": False} if mesh.grid.pipeline > 1 else {}
+    apart |= keeps
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in (module for module in model.modules() if isinstance(module, Block)):
         feed_forward = block.feed_forward
@@ -36,10 +39,13 @@ def shard(model: Transformer, mesh: Mesh, dtype: torch.dtype) -> None:
                 mesh=mesh.experts,
                 mp_policy=low,
                 shard_placement_fn=partial(_placement, length),
+                **keeps,
             )
         if dtype != torch.float32:
             # Head norms, norms of latents and sinks stay with the block, in fp32.
-            products = [module for module in block.attention.modules() if isinstance(module, nn.Linear)]
+            products: list[nn.Module] = [
+                module for module in block.attention.modules() if isinstance(module, nn.Linear)
+            ]
             fully_shard(products, mesh=mesh.dense, mp_policy=low, **apart)
             dense = feed_forward.shared if isinstance(feed_forward, MoE) else feed_forward
             if dense is not None:

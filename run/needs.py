@@ -128,6 +128,7 @@ def share_of(config: RunConfig, step: StepPlan, grid: Grid, numbers: Numbers) ->
         expert_ranks=grid.expert,
         expert_shard_ranks=grid.length("expert_shard"),
         shard_ranks=grid.shard,
+        stays_whole=grid.pipeline > 1,
         tensor_ranks=grid.tensor,
         row_ranks=row_ranks,
         methods=tuple(getattr(sequence, kind) for kind in sorted(kinds)),

@@ -140,6 +140,7 @@ def start(config: RunConfig, *, fresh: bool = False) -> Run:
     The run's name in its configuration becomes that of the folder. Raises Refusal for a device or precision that is
     not there, and for a folder of another configuration.
     """
+    settle()
     fix_order(config.deterministic)
     device = choose_device(config.device)
     world = join_ranks(device, config.watchdog.timeout)

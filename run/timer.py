@@ -99,7 +99,8 @@ class Timer:
             ("expert_shard", lambda product: product.kind == "experts"),
         )
         gathers = scatters = sent = 0.0
-        once = 1.0 if self.framework.reshards else 0.0
+        is_kept = not self.framework.reshards or self.job.grid.pipeline > 1
+        once = 0.0 if is_kept else 1.0
         for axis, belongs in groups:
             along, weights = self.line(axis), sum(product.weights for product in made if belongs(product))
             if along.length == 1 or not weights:
@@ -110,8 +111,10 @@ class Timer:
             sent += gather_bytes(along, (1 + once) * there + back)
         if not sent:
             return
-        if not self.framework.reshards:  # gathered once for all micro-batches
+        if is_kept:  # gathered once for all micro-batches
             gathers /= self.job.microbatches
+        if self.job.grid.pipeline > 1:  # where gradients stay whole until the last of them
+            scatters /= self.job.microbatches
         hidden = min(gathers, forward) + min(once * gathers + scatters, backward)
         yield Part("shard", (1 + once) * gathers + scatters, hidden, sent, True)
 

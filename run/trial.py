@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 
@@ -10,11 +10,13 @@ import torch
 
 from context.step_plan import StepPlan
 from data.batches import Batches
+from evals.suite import tasks_of
 from model.kept import Numbers
 from model.transformer import Transformer
 from optim.groups import Optimizer
 from parallel.recompute import KINDS
 from parallel.sequence import split_attention
+from parallel.whole import is_in_parts, whole_model
 from run.config import rows_of_step
 from run.demand import demand_of
 from run.entry import take_shape
@@ -39,15 +41,34 @@ def try_batches(model: Transformer, optimizer: Optimizer, batches: Batches, run:
         return
     start, rotary, group = time.monotonic(), model.rotary, run.row_group
     for step in steps:
-        with refusing_without_memory(model, run, step), beside_the_rest(model, optimizer, run, step):
+        what = (
+            f"context.stages.{step.stage.index}: {_in_words(run, step)}, for which by arithmetic"
+            f" {gigabytes(_needed(model, run, step))} are needed,"
+        )
+        ways = _ways_out(model, run, step)
+        with refusing_without_memory(what, ways, run), beside_the_rest(model, optimizer, run, step):
             take_shape(model, run, step.stage)
             forward_and_backward(model, batches, run, step)
     model.rotary, run.row_group = rotary, group
     split_attention(model, group)
+    try_to_ask(model, optimizer, run, steps[0])
     run.say(f"trial: {_in_words(run, steps[0])} fits{_peak(run)}; {time.monotonic() - start:.1f} s")
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(run.device)
+
+
+def try_to_ask(model: Transformer, optimizer: Optimizer, run: Run, step: StepPlan) -> None:
+    """Bring the whole model together once where evaluations will: what does not fit may not show at a stage's end."""
+    if not (tasks_of(run.config.evals) and is_in_parts(run.mesh)):
+        return
+    size = sum(layout.shape.numel() * layout.dtype.itemsize for layout in run.layouts.values())
+    what = f"the whole model, {gigabytes(size)}, which evaluations ask on each rank,"
+    way = "evals.tasks=[] here and python -m evals on the checkpoints"
+    with refusing_without_memory(what, [way], run), beside_the_rest(model, optimizer, run, step):
+        optimizer.zero_grad()  # gradients are gone by then
+        with whole_model(model, run.mesh, run.layouts):
+            pass
 
 
 def largest_steps(run: Run, tokens: int) -> list[StepPlan]:
@@ -98,8 +119,8 @@ def beside_the_rest(model: Transformer, optimizer: Optimizer, run: Run, step: St
 
 
 @contextmanager
-def refusing_without_memory(model: Transformer, run: Run, step: StepPlan) -> Iterator[None]:
-    """Make a refusal that says what was needed, and the ways out, of an error that says that memory ran out."""
+def refusing_without_memory(what: str, ways: Sequence[str], run: Run) -> Iterator[None]:
+    """Make a refusal that says what was tried, and the ways out, of an error that says that memory ran out."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -107,10 +128,8 @@ def refusing_without_memory(model: Transformer, run: Run, step: StepPlan) -> Ite
         if not isinstance(error, MemoryError) and not any(words in said for words in NO_MEMORY):
             raise
         raise Refusal(
-            f"context.stages.{step.stage.index}: {_in_words(run, step)} does not fit into the memory of {run.device},"
-            f" where by arithmetic {gigabytes(_needed(model, run, step))} are needed; try"
-            f" {' or '.join(_ways_out(model, run, step))} (python plan.py shows what needs how much). torch says:"
-            f" {said.split(' Including ')[0][:300]}"
+            f"{what} does not fit into the memory of {run.device}; try {' or '.join(ways)} (python plan.py shows what"
+            f" needs how much). torch says: {said.split(' Including ')[0][:300]}"
         ) from None
 
 

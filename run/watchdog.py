@@ -49,6 +49,7 @@ class Watchdog:
         self._doing, self._limit, self._since = "start", self.settings.slow_seconds, time.monotonic()
         self._folder = Path()
         self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def start(self, folder: Path) -> None:
         """From here on somebody looks. folder: the run's; stacks are written to its stacks/rank_<n>.txt."""
@@ -56,7 +57,8 @@ class Watchdog:
         if self.settings.seconds:
             # By a weak reference: a run that was broken off and forgotten is not watched any more.
             arguments = (weakref.ref(self), self._stopped)
-            threading.Thread(target=_watch, args=arguments, daemon=True, name=THREAD).start()
+            self._thread = threading.Thread(target=_watch, args=arguments, daemon=True, name=THREAD)
+            self._thread.start()
 
     def stop(self) -> None:
         """Nobody looks any more."""
@@ -64,8 +66,7 @@ class Watchdog:
 
     def at(self, doing: str, *, is_slow: bool = False) -> None:
         """The run has come to something new. is_slow: it takes `slow_seconds`, as it cannot say how far it is."""
-        self._doing, self._limit = doing, self.settings.slow_seconds if is_slow else self.settings.seconds
-        self.beat()
+        self._go_on(doing, self.settings.slow_seconds if is_slow else self.settings.seconds)
 
     @contextmanager
     def slow(self, doing: str) -> Iterator[None]:
@@ -75,8 +76,23 @@ class Watchdog:
         try:
             yield
         finally:
-            self._doing, self._limit = before
-            self.beat()
+            self._go_on(*before)
+
+    def _go_on(self, doing: str, limit: float) -> None:
+        self._doing, self._limit = doing, limit
+        self.beat()
+        if self._is_watched:
+            self.arm(limit)
+
+    def arm(self, left: float) -> None:
+        """Should C code keep the interpreter to itself, no thread of Python's can look: then faulthandler's own, which
+        needs no interpreter, writes to the terminal and ends the process with status 1, some time after `left`."""
+        spare = 2 * _grace(self._limit) + self._limit / 10
+        faulthandler.dump_traceback_later(left + spare, exit=True, file=sys.__stderr__ or 2)
+
+    @property
+    def _is_watched(self) -> bool:
+        return self._thread is not None and not self._stopped.is_set()
 
     def beat(self) -> None:
         """The run goes on with what it does."""
@@ -125,13 +141,9 @@ def _watch(watchdog: "weakref.ref[Watchdog]", stopped: threading.Event) -> None:
         if one is None or stopped.is_set():
             faulthandler.cancel_dump_traceback_later()
             return
-        left = one.look()
-        limit = one.settings.seconds
-        period, spare = min(5.0, limit / 10), 2 * _grace(limit) + limit / 10
+        one.arm(one.look())
+        period = min(5.0, one.settings.seconds / 10)
         del one
-        # Should C code keep the interpreter to itself, this thread cannot run either: then faulthandler's own, which
-        # needs no interpreter, writes to the terminal and ends the process with status 1.
-        faulthandler.dump_traceback_later(left + spare, exit=True, file=sys.__stderr__ or 2)
         stopped.wait(period)
 
 

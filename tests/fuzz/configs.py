@@ -55,7 +55,19 @@ def judged(made: Case, outcome: Outcome) -> Outcome:
 @cache
 def known() -> set[str]:
     """The keys of the schema, and those that are gone once a file is read."""
-    return {*names(RunConfig), "scale", "extends", "above", "below", "bases", "arms", "only", "seeds", "claims"}
+    return {
+        *names(RunConfig),
+        "scale",
+        "extends",
+        "above",
+        "below",
+        "bases",
+        "arms",
+        "only",
+        "seeds",
+        "claims",
+        "small",
+    }
 
 
 def keys_of(made: Case) -> set[str]:
@@ -63,7 +75,7 @@ def keys_of(made: Case) -> set[str]:
     found = {part for word in made.words if "=" in word for part in word.partition("=")[0].split(".")}
     for content in made.files.values():
         try:
-            keys = [str(path[-1]) for path in places(tomllib.loads(content.decode()))]
+            keys = [str(path[-1]) for path in places(tomllib.loads(content.decode().replace("\r", "\n")))]
         except (ValueError, RecursionError):
             continue
         found |= {part for key in keys for part in (key, *key.split("."))}

@@ -47,8 +47,12 @@ def wrong_with_message(text: str, known: set[str] | None) -> list[str]:
 
 def names_a_key(message: str, known: set[str]) -> bool:
     """Whether a key of the schema, or one that somebody wrote, stands there as one: dotted, or before = or a colon."""
-    if OF_A_FILE.search(message):
+    if OF_A_FILE.search(message) or any(table in known for table in re.findall(r"table \[([\w.]+)\]", message)):
         return True
+    if any(key.startswith(shown) for shown in re.findall(r"'([^']{60,})\.\.\.'", message) for key in known):
+        return True  # a key that is too long to be shown whole
+    if any(f".{key}=" in message for key in known if key and not key.isidentifier()):
+        return True  # one of signs alone
     for match in re.finditer(r"([^\s=:`'\"(,;]+)(=|: |:$|\.|; |`|'|\"| |,|$)", message):
         parts = [part for part in match[1].split(".") if part and not part.isdecimal()]
         if parts and parts[-1] in known and (len(parts) > 1 or match[2] in ("=", ": ") or "_" in parts[-1]):

@@ -217,7 +217,8 @@ def test_a_lack_of_memory_is_a_refusal_that_says_the_ways_out(
     with pytest.raises(Refusal) as refused:
         try_batches(model, optimizer, batches, run, 0)
     said = str(refused.value)
-    assert said.startswith("context.stages.1: a micro-batch of 2 x 128 tokens does not fit into the memory of cpu")
+    assert said.startswith("context.stages.1: a micro-batch of 2 x 128 tokens, for which by arithmetic")
+    assert "are needed, does not fit into the memory of cpu; try " in said
     needed = needs_of(run.config, model.vocab_size, run.config.stages[1].longest_step(), 1, Numbers(4, "cpu"))
     assert f"{gigabytes(needed.total)} are needed" in said
     ways = "recompute=ops or recompute=full or tokens_per_microbatch=128 or context.stages.1.context=2 on 2 ranks"
@@ -299,3 +300,22 @@ def test_sizes_are_told_in_three_digits() -> None:
     assert [gigabytes(size) for size in (0, 999, 2048, 5 * 2**20, 81.25 * 2**30)] == [
         *("0 B", "999 B", "2 KiB", "5 MiB", "81.2 GiB"),
     ]
+
+
+def test_what_evaluations_will_need_is_tried_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole copy of a cut model that does not fit would show at the first evaluation, hours later."""
+    model, optimizer, batches, run = ready()
+
+    def full(*_: object) -> None:
+        raise MemoryError("Unable to allocate 8 GiB")
+
+    monkeypatch.setattr(trial, "whole_model", full)
+    try_batches(model, optimizer, batches, run, 0)  # it is whole already
+    monkeypatch.setattr(trial, "is_in_parts", lambda _: True)
+    with pytest.raises(
+        Refusal, match=r"the whole model, .* which evaluations ask on each rank, does not fit .*evals\.tasks=\[\]"
+    ):
+        try_batches(model, optimizer, batches, run, 0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model, optimizer, batches, run = ready("evals.tasks=[]")
+    try_batches(model, optimizer, batches, run, 0)

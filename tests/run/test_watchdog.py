@@ -181,7 +181,8 @@ def test_a_full_disk_does_not_keep_it(tmp_path: Path, clock: list[float], capfd:
 def test_a_run_that_is_forgotten_is_not_watched(tmp_path: Path) -> None:
     dog = Watchdog(WatchdogSettings(seconds=0.5))
     dog.start(tmp_path)
-    thread = next(each for each in watchdog_module.threading.enumerate() if each.name == watchdog_module.THREAD)
+    thread = dog._thread
+    assert thread is not None and thread.is_alive()
     gone = weakref.ref(dog)
     del dog
     gc.collect()
