@@ -55,19 +55,8 @@ def judged(made: Case, outcome: Outcome) -> Outcome:
 @cache
 def known() -> set[str]:
     """The keys of the schema, and those that are gone once a file is read."""
-    return {
-        *names(RunConfig),
-        "scale",
-        "extends",
-        "above",
-        "below",
-        "bases",
-        "arms",
-        "only",
-        "seeds",
-        "claims",
-        "small",
-    }
+    of_comparisons = {"above", "below", "bases", "arms", "only", "seeds", "claims", "small"}
+    return {*names(RunConfig), "scale", "extends", *of_comparisons}
 
 
 def keys_of(made: Case) -> set[str]:
