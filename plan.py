@@ -9,12 +9,12 @@ from data.batches import Batches
 from data.tokenizer import build_tokenizer
 from model.size import count
 from parallel.mesh import grid_of
+from planning.device import Device, published, this_device, with_efficiency, with_rate
+from planning.forecast import DocumentsOf, documents_in, forecasts, whole_rows
+from planning.outlook import memory_rows, mesh_in_words, size_in_words, stage_rows, table, time_rows
 from run.config import RunConfig, load_config
 from run.demand import demand_of
-from run.device import Device, published, this_device, with_efficiency, with_rate
-from run.forecast import DocumentsOf, documents_in, forecasts, whole_rows
 from run.metrics import short
-from run.outlook import memory_rows, mesh_in_words, size_in_words, stage_rows, table, time_rows
 from run.plans import tell_plans, whole_documents
 from run.start import choose_device, choose_dtype, refusing
 from settings import Refusal

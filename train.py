@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from checkpoint.checkpoints import Checkpoints
 from context.step_plan import StepPlan
 from data.batches import Batch, Batches
 from evals.scoring import Materials
@@ -21,7 +22,6 @@ from parallel.gradients import clip_gradients, named_parameters, norm_over_ranks
 from parallel.matrices import parts_of
 from parallel.sequence import split_attention
 from run.branch import begin_branch, find_origin
-from run.checkpoint import Checkpoints
 from run.config import RunConfig, load_config, rate_of_step, show
 from run.demand import demand_of
 from run.entry import enter_stage

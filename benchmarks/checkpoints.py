@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.record import keep
-from run.checkpoint import Checkpoints, CheckpointSettings, read_checkpoint
+from checkpoint.checkpoints import Checkpoints, CheckpointSettings, read_checkpoint
 from settings import Section
 
 ROOT = Path(__file__).parents[1]

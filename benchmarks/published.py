@@ -13,12 +13,12 @@ from typing import Any
 from model.transformer import ModelSettings
 from parallel.cost import Link
 from parallel.mesh import ParallelSettings, grid_of
-from run.device import PUBLISHED, Device
+from planning.device import PUBLISHED, Device
+from planning.outlook import seconds, table
+from planning.speeds import CARD, Framework, Repeats
+from planning.step_parts import Job, StepTime
+from planning.step_time import step_time
 from run.needs import gigabytes
-from run.outlook import seconds, table
-from run.speeds import CARD, Framework, Repeats
-from run.step_parts import Job, StepTime
-from run.step_time import step_time
 from settings import validate
 
 FILE = Path(__file__).parent / "published.toml"

@@ -16,6 +16,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from checkpoint.checkpoints import read_checkpoint
+from checkpoint.fit import check_weights
+from checkpoint.identity import read_recorded
+from checkpoint.records import place_of
 from context.rotary import AnyRotary
 from context.stages import Stage
 from data.batches import Batches
@@ -30,12 +34,8 @@ from evals.terminal import show
 from model.initialize import initialize
 from model.transformer import ModelSettings, Transformer, build_model
 from moe.choice import ExpertChoiceSettings
-from run.checkpoint import read_checkpoint
 from run.config import RunConfig
-from run.fit import check_weights
-from run.identity import read_recorded
 from run.metrics import plain
-from run.records import place_of
 from run.start import choose_device, choose_dtype, refusing
 from settings import Refusal, Section, apply_override, to_dict, validate
 

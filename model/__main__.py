@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
+from checkpoint.checkpoints import read_checkpoint
+from checkpoint.fit import check_weights
+from checkpoint.identity import may_change, read_recorded
+from checkpoint.records import place_of
+from checkpoint.sealed import write_sealed
 from data.tokenizer import AnyTokenizerSettings, build_tokenizer
 from model.huggingface.convert import DTYPES, Imported, Origin, export, read_folder
 from model.huggingface.files import read_config
 from model.huggingface.tokenizer import FILE, tokenizer_of
 from model.huggingface.traits import Decoder
 from model.transformer import build_model
-from run.checkpoint import read_checkpoint
 from run.config import RunConfig
-from run.fit import check_weights
-from run.identity import may_change, read_recorded
-from run.records import place_of
-from run.sealed import write_sealed
 from run.start import refusing
 from settings import Refusal, apply_override, differences, to_dict, to_toml, validate
 

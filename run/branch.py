@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from checkpoint.identity import MAY_CHANGE, may_change, read_recorded
+from checkpoint.manifest import MANIFEST, Damaged, read_json, read_text
+from checkpoint.records import read_materials
 from run.files import read_text as read_file
-from run.identity import MAY_CHANGE, may_change, read_recorded
-from run.manifest import MANIFEST, Damaged, read_json, read_text
-from run.records import read_materials
 from settings import Refusal, Section, differences
 
 if TYPE_CHECKING:
-    from run.checkpoint import Checkpoints
+    from checkpoint.checkpoints import Checkpoints
     from run.config import RunConfig
     from run.start import Run
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from checkpoint.checkpoints import CheckpointSettings
 from context.frequencies import frequencies
 from context.reach import notes
 from context.rotary import RotaryMap, by_view
@@ -26,7 +27,6 @@ from parallel.recompute import RecomputeSettings
 from parallel.sequence import check_context
 from parallel.tensor import check_rows, check_tensor
 from run.branch import BranchSettings
-from run.checkpoint import CheckpointSettings
 from run.deterministic import check_deterministic
 from run.gate import check_gates
 from run.guard import GuardSettings

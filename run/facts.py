@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from checkpoint.records import Environment, EvalsRow, MetricsRow, Planned, wrong_with
 from run.files import read_text
 from run.metrics import Row, read_rows, short
-from run.records import Environment, EvalsRow, MetricsRow, Planned, wrong_with
 from settings import Refusal
 
 

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
+from checkpoint.identity import changed, read_recorded
+from checkpoint.records import Environment, Record, wrong_with
 from run.config import RunConfig
 from run.files import read_text, write_whole
-from run.identity import changed, read_recorded
 from run.metrics import read_rows
-from run.records import Environment, Record, wrong_with
 from settings import Refusal, to_toml
 
 RUNS = Path("runs")

@@ -16,15 +16,15 @@ import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
+from checkpoint.checkpoints import Checkpoints
+from checkpoint.writing import settle
 from context.step_plan import StepPlan
 from moe.router import Router
 from optim.groups import Optimizer
 from parallel.layout import local
 from parallel.world import World
-from run.checkpoint import Checkpoints
 from run.spikes import History, SpikeSettings
 from run.watchdog import Watchdog
-from run.writing import settle
 from settings import Refusal, Section
 
 NOTHING_SKIPPED = {"skipped_steps": 0}

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from checkpoint.checkpoints import read_checkpoint
+from checkpoint.fit import check_same, check_weights
+from checkpoint.identity import read_recorded
+from checkpoint.manifest import Damaged
+from checkpoint.records import place_of, read_materials
+from checkpoint.sealed import Tensors
+from checkpoint.tensor_file import outline_of
 from data.tokenizer import Tokenizer, build_tokenizer
 from model.initialize import first_values
 from model.transformer import Transformer, build_model
 from moe.upcycle import UpcycleSettings, upcycle
 from parallel.whole import fill
-from run.checkpoint import read_checkpoint
-from run.fit import check_same, check_weights
-from run.identity import read_recorded
-from run.manifest import Damaged
-from run.records import place_of, read_materials
-from run.sealed import Tensors
-from run.tensor_file import outline_of
 from settings import Refusal, Section, differences
 
 if TYPE_CHECKING:

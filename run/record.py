@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoint.records import place_of
 from context.stages import Stage
 from context.step_plan import StepPlan
 from data.batch import Batch
@@ -22,7 +23,6 @@ from evals.scoring import Cell
 from moe.telemetry import RoutingMeter
 from parallel.sequence import farthest_view
 from run.metrics import Metrics, ProgressLine, Row
-from run.records import place_of
 from run.report import write_report
 from run.start import Run
 

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from checkpoint.writing import settle
 from context.stages import Stage
 from evals.ranks import Ranks
 from model.block import Kind
@@ -32,7 +33,6 @@ from run.environment import environment
 from run.folder import RUNS, choose_name, describe, hold, let_go, refuse_other_run
 from run.guard import Guard
 from run.watchdog import Watchdog
-from run.writing import settle
 from settings import Refusal
 
 NAMELESS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}

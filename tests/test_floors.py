@@ -14,7 +14,9 @@ FLOORS = [
     {"model"},
     {"parallel"},
     {"evals"},
+    {"checkpoint"},
     {"run"},
+    {"planning"},
     {"train", "plan", "compare"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

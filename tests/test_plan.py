@@ -11,9 +11,9 @@ import pytest
 
 import plan
 from model.size import count
+from planning.outlook import table
 from run.config import load_config
 from run.metrics import short
-from run.outlook import table
 from settings import Refusal
 
 ROOT = Path(__file__).parents[1]

@@ -5,7 +5,7 @@ import tomllib
 import pytest
 
 from benchmarks.published import DEVICES, FILE, Comparison, comparisons, main, shown
-from run.outlook import table
+from planning.outlook import table
 
 EVERY = list(comparisons())
 

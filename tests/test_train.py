@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import train
+from checkpoint.checkpoints import read_checkpoint
+from checkpoint.writing import settle
 from run import record, report
-from run.checkpoint import read_checkpoint
 from run.config import RunConfig, load_config, rows_of_step
-from run.writing import settle
 from settings import Refusal
 
 ROOT = Path(__file__).parents[1]

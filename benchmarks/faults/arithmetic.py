@@ -57,7 +57,7 @@ def _went_on(start: Start) -> list[str]:
 
 def _whole_checkpoints(start: Start) -> list[str]:
     """No number in the newest checkpoint may be none."""
-    from run.checkpoint import read_checkpoint
+    from checkpoint.checkpoints import read_checkpoint
 
     if not newest_checkpoint(start.run):
         return ["no checkpoint is left"]

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
+from checkpoint.checkpoints import read_checkpoint
+from checkpoint.fit import check_weights
+from checkpoint.identity import read_recorded
+from checkpoint.records import place_of
 from data.tokenizer import build_tokenizer
 from evals.__main__ import check_out, read_rotary
 from evals.lengths import trained_length
 from evals.scoring import Materials
 from model.initialize import initialize
 from model.transformer import build_model
-from run.checkpoint import read_checkpoint
 from run.config import RunConfig
-from run.fit import check_weights
-from run.identity import read_recorded
-from run.records import place_of
 from run.start import choose_device, choose_dtype, refusing
 from settings import Refusal, to_dict
 

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from checkpoint.checkpoints import Checkpoints
 from evals.harness import __main__ as door
 from evals.harness.__main__ import main, parse_arguments
 from model.initialize import initialize
 from model.transformer import build_model
-from run.checkpoint import Checkpoints
 from run.config import load_config
 from settings import Refusal
 

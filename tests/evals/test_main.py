@@ -9,12 +9,12 @@ import torch
 
 import evals.__main__ as asking
 import train
+from checkpoint.checkpoints import Checkpoints
 from evals.__main__ import check_out, load_checkpoint, main, parse_arguments, read_rotary, refuse_token_choosers
 from evals.defaults import SLOW, choose, tables_around, with_lengths
 from evals.suite import TASKS, EvalsSettings, check_suite, run_suite, tasks_of
 from model.initialize import initialize
 from model.transformer import ModelSettings, build_model
-from run.checkpoint import Checkpoints
 from run.config import load_config
 from settings import Refusal, to_dict, validate
 

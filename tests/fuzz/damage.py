@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from checkpoint.fingerprint import fingerprints, has_experts
+from checkpoint.manifest import digest_of
+from checkpoint.tensor_file import outline_of
 from data.shards import HEAD, MAGIC
-from run.fingerprint import fingerprints, has_experts
-from run.manifest import digest_of
-from run.tensor_file import outline_of
 from tests.fuzz.mutations import NUMBERS, OTHERS, STRINGS, at, places, put
 
 Damage = Callable[[Path, Random], str]

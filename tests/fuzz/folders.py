@@ -156,15 +156,12 @@ def harm_run(number: int) -> Harm:
     run = Path("runs/tiny")
     newest = run / "checkpoints" / f"step_{8 if harm.door == 'branch' else 9:08d}"
     is_meant = rng.random() < 0.5
-    if harm.door == "report" or rng.random() < 0.25:
-        files = [path for path in damage.files_below(run) if path.parent == run]
-    else:
-        files = damage.files_below(newest if rng.random() < 0.8 else run / "checkpoints")
+    files = _meant(harm.door, run, newest, rng) if is_meant else _any(harm.door, run, newest, rng)
     for _ in range(rng.choice([1, 1, 1, 2])):
         there = [path for path in files if path.is_file() and not path.is_symlink()]
         harm.done.append(damage.damage(rng.choice(there), rng, is_meant=is_meant))
     if is_meant:
-        harm.is_resealed = _try(lambda: damage.reseal_checkpoint(newest, rng.random() < 0.6))
+        harm.is_resealed = _try(lambda: damage.reseal_checkpoint(newest, rng.random() < 0.8))
     elif rng.random() < 0.2 and newest.is_dir():
         other = rng.choice(
             ["step_00000007", "step_00000010", "step_9", "step_00000099", "x", "step_99999999999999999999"]
@@ -173,6 +170,24 @@ def harm_run(number: int) -> Harm:
         harm.is_hidden = other in ("x", "step_00000007")
         harm.done.append(f"{newest.name} called {other}")
     return harm
+
+
+def _any(door: str, run: Path, newest: Path, rng: Random) -> list[Path]:
+    """Files that a disk may damage, large ones more often."""
+    if door == "report" or rng.random() < 0.25:
+        return [path for path in damage.files_below(run) if path.parent == run]
+    files = damage.files_below(newest if rng.random() < 0.8 else run / "checkpoints")
+    return rng.choice([files, [path for path in files if path.suffix == ".safetensors"]])
+
+
+def _meant(door: str, run: Path, newest: Path, rng: Random) -> list[Path]:
+    """Files that somebody may change for this command to meet, one kind of them as often as another."""
+    if door == "report":
+        return [run / name for name in ("config.toml", "environment.json", "metrics.jsonl", "evals.jsonl")]
+    names = ["model.safetensors", "model.safetensors", "state.json", "config.toml", "manifest.json"]
+    if door in ("resume", "branch"):
+        names += ["optimizer.safetensors", "optimizer.json"]
+    return [newest / rng.choice(names)]
 
 
 def try_run(template: Path, number: int, good: Good) -> Outcome:

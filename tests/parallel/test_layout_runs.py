@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import train
+from checkpoint.checkpoints import read_checkpoint
 from run import record
-from run.checkpoint import read_checkpoint
 from run.config import load_config
 from tests.parallel.test_run import TINY, assert_same_numbers, before_the_last_checkpoint, rows, torchrun
 from tests.words import write_words

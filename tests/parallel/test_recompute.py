@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
+from checkpoint.identity import read_recorded
 from model.block import Block, Kind
 from model.kept import Numbers
 from model.memory import Share, States, memory, states
@@ -22,7 +23,6 @@ from parallel.recompute import KINDS, BudgetSettings, in_words, recompute_layers
 from parallel.world import World
 from run.config import RunConfig, load_config
 from run.entry import take_shape
-from run.identity import read_recorded
 from run.needs import kinds_of, needs_of
 from run.start import Run
 from run.ways import choose_kinds

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 import train
+from checkpoint.checkpoints import read_checkpoint
+from checkpoint.sealed import read_tensors, verify
 from run import exam, record
-from run.checkpoint import read_checkpoint
 from run.config import RunConfig, load_config
 from run.gate import Verdict
-from run.sealed import read_tensors, verify
 from settings import Refusal
 
 ROOT = Path(__file__).parents[2]

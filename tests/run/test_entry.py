@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import train
+from checkpoint.checkpoints import read_checkpoint
 from context.step_plan import StepPlan
 from data.batches import Batch, Batches
 from model.initialize import initialize
@@ -18,7 +19,6 @@ from model.transformer import Transformer, build_model
 from optim.groups import Optimizer
 from parallel.world import World
 from run import microbatches as passes
-from run.checkpoint import read_checkpoint
 from run.config import RunConfig, load_config
 from run.demand import demand_of
 from run.start import Run

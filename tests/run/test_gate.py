@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train
+from checkpoint.checkpoints import read_checkpoint
 from context.gate import GateSettings
 from context.stages import StageSettings
 from evals.__main__ import load_checkpoint
 from evals.scoring import Cell
 from run import exam
-from run.checkpoint import read_checkpoint
 from run.config import RunConfig, load_config
 from run.gate import Verdict, judge
 from run.metrics import plain

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import train
+from checkpoint.checkpoints import Checkpoints, read_checkpoint
 from moe.balance import BiasBalanceSettings, update_biases
 from moe.router import Router
 from optim.groups import AdamWSettings, Optimizer, build_optimizer
 from parallel.world import World
 from run import guard as guard_module
-from run.checkpoint import Checkpoints, read_checkpoint
 from run.guard import Guard, GuardSettings, all_finite, undone_where
 from run.spikes import SpikeSettings
 from settings import Refusal

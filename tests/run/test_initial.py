@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-import run.manifest
-import run.sealed
+import checkpoint.manifest
+import checkpoint.sealed
 import train
+from checkpoint.checkpoints import read_checkpoint
 from data.tokenizer import ByteTokenizer
 from model.initialize import initialize
 from model.transformer import Transformer, build_model
 from parallel.layout import whole_layouts
 from run import record
-from run.checkpoint import read_checkpoint
 from run.config import load_config
 from run.initial import first_weights
 from run.start import start
@@ -264,8 +264,8 @@ def test_a_pickle_is_refused_and_never_executed(here: Path) -> None:
     file, mark = path / "model.safetensors", here / "executed"
     file.write_bytes(pickle.dumps(Hostile(mark)))
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": run.sealed.sha256(file)}
-    manifest["digest"] = run.manifest.digest_of(manifest)
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": checkpoint.sealed.sha256(file)}
+    manifest["digest"] = checkpoint.manifest.digest_of(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(Refusal, match=r"model\.safetensors"):
         started(f"initial.checkpoint={path}")

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 import train
+from checkpoint.checkpoints import Checkpoints, read_checkpoint
+from checkpoint.identity import read_recorded
 from data.published import PublishedSettings
 from data.tokenizer import build_tokenizer
 from evals.__main__ import load_checkpoint
@@ -17,9 +19,7 @@ from model.__main__ import export_run, import_folder, parse_arguments
 from model.initialize import initialize
 from model.transformer import build_model
 from run import record
-from run.checkpoint import Checkpoints, read_checkpoint
 from run.config import RunConfig, load_config
-from run.identity import read_recorded
 from settings import Refusal
 
 TINY = Path(__file__).parents[2] / "tiny.toml"
