@@ -1,7 +1,6 @@
 """Pretrain one model from one configuration: `python train.py CONFIG [section.key=value ...]`."""
 
 import argparse
-from functools import partial
 
 import torch
 
@@ -12,13 +11,12 @@ from evals.scoring import Materials
 from evals.suite import check_suite
 from model.size import count
 from model.transformer import Transformer, build_model
-from moe.balance import StepBalance, update_biases
+from moe.balance import StepBalance
 from moe.router import Router
 from moe.telemetry import RoutingMeter
 from optim.groups import Optimizer, build_optimizer
 from parallel.apply import parallelize
 from parallel.fsdp import sync_replicas
-from parallel.gradients import clip_gradients, named_parameters, norm_over_ranks, sum_gradients
 from parallel.matrices import parts_of
 from parallel.sequence import split_attention
 from run.branch import begin_branch, find_origin
@@ -33,6 +31,7 @@ from run.pipeline_step import pipeline_step
 from run.record import Progress, Recorder, StepReport
 from run.start import Run, leave, refusing, start
 from run.trial import try_batches
+from run.update import update
 from run.ways import try_layers
 
 
@@ -114,14 +113,9 @@ def train_step(
         (sums.weighted / num_targets + balance.objective(stats, batch.rows_B) / run.mesh.grid.tensor).backward()
         nats += sums.plain
         routing.add(stats)
-    parameters = named_parameters(model)
-    sum_gradients(parameters, run.layouts, run.mesh)
-    for tensor in (nats, *routing.tensors()):
-        run.mesh.data.sum(tensor)
-    loss, gradient_norm = nats / num_targets, norm_over_ranks(parameters, run.layouts, run.mesh)
-    clip_gradients(optimizer.parameters, gradient_norm, optimizer.clip)
-    move_biases = partial(update_biases, routers, routing.counts_LE, balance.rules)
-    run.guard.update(optimizer, loss, gradient_norm, routers, move_biases)
+    loss, gradient_norm = update(
+        model, optimizer, routing, run, nats=nats, num_targets=num_targets, rules=balance.rules
+    )
     watch_choices(routing, stats, model, microbatches[0], step, run)
     return StepReport(loss, gradient_norm, routing, microbatches)
 

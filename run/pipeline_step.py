@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,19 +9,18 @@ from torch import Tensor
 from context.step_plan import StepPlan
 from data.batches import Batch
 from model.transformer import Transformer
-from moe.balance import StepBalance, update_biases
+from moe.balance import StepBalance
 from moe.router import Router
 from moe.routing import RoutingStats
 from moe.telemetry import RoutingMeter
 from optim.groups import Optimizer
-from parallel.gradients import clip_gradients, named_parameters, norm_over_ranks, sum_gradients
 from parallel.pipeline_part import Part, attach
 from parallel.pipeline_schedule import Pipeline
-from parallel.world import World
 from run.microbatches import count_tokens, cut_of, loss_of, watched_rows
 from run.pipeline_pass import forward_pass, pass_through, pipeline_of, shape_of
 from run.record import StepReport
 from run.start import Run
+from run.update import ranks_of_pipeline, update
 
 
 def pipeline_step(
@@ -50,24 +48,18 @@ def pipeline_step(
         return sums.weighted / num_targets + objective
 
     pipeline.both_ways(visit, len(microbatches), shape_of(microbatches[0], run))
-    parameters, ranks = named_parameters(model), ranks_of_pipeline(run)
-    sum_gradients(parameters, run.layouts, run.mesh)
-    for tensor in (nats, *routing.tensors()):
-        ranks.sum(run.mesh.data.sum(tensor))
-    loss, gradient_norm = nats / num_targets, norm_over_ranks(parameters, run.layouts, run.mesh)
-    clip_gradients(optimizer.parameters, gradient_norm, optimizer.clip)
+
+    def own(counts_LE: Tensor) -> Tensor:
+        return torch.cat([counts_LE[part.moe_layers] for part in pipeline.parts])
+
+    rules = balances[pipeline.parts[0]].rules
+    loss, gradient_norm = update(
+        model, optimizer, routing, run, nats=nats, num_targets=num_targets, rules=rules, own=own
+    )
     routers = [module for module in model.modules() if isinstance(module, Router)]
-    move_biases = partial(update_biases, routers, own_counts(pipeline, routing), balances[pipeline.parts[0]].rules)
-    run.guard.update(optimizer, loss, gradient_norm, routers, move_biases)
     tell_biases(routing, routers, pipeline, run)
     watch(routing, [stats for part in pipeline.parts for stats in first[part]], model, microbatches[0], step, run)
     return StepReport(loss, gradient_norm, routing, microbatches)
-
-
-def ranks_of_pipeline(run: Run) -> World:
-    """The ranks that hold the layers one after another, this one among them."""
-    grid, rank = run.mesh.grid, run.world.rank
-    return World(grid.place("pipeline", rank), grid.pipeline, run.world.local_rank, run.mesh.group("pipeline"))
 
 
 def count_ahead(
@@ -112,13 +104,6 @@ class ToldBias:
 
     def __init__(self, bias_E: Tensor) -> None:
         self.bias_E = bias_E
-
-
-def own_counts(pipeline: Pipeline, routing: RoutingMeter) -> Tensor:
-    """How often each expert was wanted in the MoE layers of this rank, in order of depth: (l, E)."""
-    if routing.counts_LE is None:
-        return torch.zeros(0, 0)
-    return torch.cat([routing.counts_LE[part.moe_layers] for part in pipeline.parts])
 
 
 def tell_biases(routing: RoutingMeter, routers: Sequence[Router], pipeline: Pipeline, run: Run) -> None:
