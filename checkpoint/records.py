@@ -41,6 +41,8 @@ class MetricsRow(Row):
     documents: Count | None = None
     distances: list[Count] | None = Field(default=None, max_length=len(EDGES) - 1)
     """Pairs by bucket of their distance; the first are the tokens themselves."""
+    skipped_steps: Count | None = None
+    skip_reason: Text | None = None
     loss: Number | None = None
     tokens_per_second: Annotated[float, Field(ge=0, le=1e60)] | None = None
     peak_memory_bytes: Count | None = None

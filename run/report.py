@@ -74,6 +74,7 @@ def cards(facts: RunFacts) -> list[Card]:
         *_needle_cards(facts),
         *_gate_cards(facts),
         *_held_out_cards(facts),
+        *_skipped_cards(facts),
         *_speed_cards(facts),
         *_size_cards(facts),
     ]
@@ -120,6 +121,14 @@ def _before_and_after(
     else:
         note = f"before and after training at length {end.stage.sequence_length}"
         yield Card(label, form.format(last), before=form.format(first), note=note)
+
+
+def _skipped_cards(facts: RunFacts) -> Iterable[Card]:
+    rows = [row for row in facts.metrics if row.get("skipped_steps")]
+    if rows:
+        reasons = dict.fromkeys(row.get("skip_reason") or "" for row in rows)
+        note = "; ".join(reason for reason in reasons if reason)
+        yield Card("steps skipped", str(sum(row["skipped_steps"] for row in rows)), note=note)
 
 
 def _speed_cards(facts: RunFacts) -> Iterable[Card]:

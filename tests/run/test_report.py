@@ -187,6 +187,18 @@ def test_before_is_the_end_of_the_first_stage_not_its_beginning(tmp_path: Path) 
     assert told["needle found at length 512"] == ("25%", "100%")
 
 
+def test_skipped_steps_are_told_where_there_were_any(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    assert "steps skipped" not in {card.label for card in cards(read_run(folder))}
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, (count, reason) in zip(rows, [(2, "the loss is not finite"), (0, None), (1, "a spike")], strict=False):
+        row |= {"skipped_steps": count} | ({"skip_reason": reason} if reason else {})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = {card.label: card for card in cards(read_run(folder))}["steps skipped"]
+    assert (shown.value, shown.note) == ("3", "the loss is not finite; a spike")
+
+
 def test_one_stage_has_no_before(tmp_path: Path) -> None:
     told = {card.label: card for card in cards(read_run(make_run(tmp_path, lengths=(128,), tokens=1000)))}
     assert told["needle found at length 128"].before == ""
