@@ -1,5 +1,6 @@
 """The batches of a run: any sample of any stage at once, the same at every world size."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,10 @@ from settings import Refusal, Section, nearest
 __all__ = ["Batch", "Batches", "DataSettings"]
 
 
+NAME = re.compile(r"[\w][\w .+-]{0,79}")
+"""Of a source: it stands in keys, tables and the titles of pictures, where `$` would begin a formula."""
+
+
 class DataSettings(Section):
     tokenizer: TokenizerSettings = ByteSettings()
     sources: dict[str, SourceSettings] = Field(min_length=1)
@@ -32,6 +37,13 @@ class DataSettings(Section):
     pack: Pack = "best_fit"
     prepared: str = "prepared"
     """Folder for shards that are made on this machine from text."""
+
+    @model_validator(mode="after")
+    def _names_are_plain(self) -> "DataSettings":
+        for name in self.sources:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"sources: {name!r} is no name; take letters, digits, spaces and ._+-, 80 at most")
+        return self
 
     @model_validator(mode="after")
     def _haystacks_exist(self) -> "DataSettings":

@@ -64,8 +64,7 @@ class Examiner:
         Both before the checkpoint of the stage's end is written: a run that goes on from there has all their rows.
         """
         evals, stage = self._evals, step.stage
-        # Slow: a rank whose rows are answered waits for the others', and begins no forward pass.
-        self.run.watchdog.at(f"evaluation after {progress.tokens:,} tokens", is_slow=True)
+        self.run.watchdog.at(f"what follows {progress.tokens:,} tokens")
         if is_due(evals, step.start_tokens, step.end_tokens, is_stage_end=step.is_last_of_stage):
             next_rotary = self._stages.new_rotary(progress.tokens)
             cells = self._ask(evals, next_rotary)
@@ -87,7 +86,8 @@ class Examiner:
             # The same questions to the same weights have the same answers; what the next RoPE would do is another one.
             cells = [cell for cell in kept if not cell.task.startswith("routing_shift/")]
             if kept:
-                with whole_model(self.model, self.run.mesh, self.run.layouts) as model:
+                whole = whole_model(self.model, self.run.mesh, self.run.layouts)
+                with self.run.watchdog.slow("an evaluation"), whole as model:
                     cells += shift_routing(model, evals, self.materials, new_rotary)
             cells = cells or self._ask(evals, new_rotary)
             self._keep(cells, progress)
@@ -129,8 +129,9 @@ class Examiner:
 
     def _ask(self, evals: EvalsSettings, new_rotary: AnyRotary | None = None) -> list[Cell]:
         """Of the whole model, which ranks that hold parts of it have to bring together first."""
-        whole = whole_model(self.model, self.run.mesh, self.run.layouts)
-        with whole as model, self.run.watchdog.following(model):
+        whole, watchdog = whole_model(self.model, self.run.mesh, self.run.layouts), self.run.watchdog
+        # Slow: a rank whose rows are answered waits for the others', and begins no forward pass.
+        with watchdog.slow("an evaluation"), whole as model, watchdog.following(model):
             return run_suite(model, evals, self.materials, new_rotary)
 
     def _keep(self, cells: Sequence[Cell], progress: Progress) -> None:

@@ -82,7 +82,8 @@ def lost_rank(bench: Bench, ranks: int, restarts: int) -> Outcome:
 def stalled_rank(bench: Bench, ranks: int) -> Outcome:
     """One rank stands still (SIGSTOP): the others must not wait for ever, and say where they stood."""
     with bench.half_done(ranks) as start:
-        with Life(start.with_keys(*known(f"watchdog.seconds={STALL}"))) as life:
+        patience = (*known(f"watchdog.seconds={STALL}"), *known(f"watchdog.slow_seconds={2 * STALL}"))
+        with Life(start.with_keys(*patience)) as life:
             life.wait_for(lambda: last_step(start.run) > HALF)
             still = bench.dice.choice(life.pids())
             life.send(signal.SIGSTOP, still)

@@ -285,6 +285,8 @@ def test_impossible_settings_are_refused(folder: Path, tmp_path: Path, batches: 
     ):
         sources = {"n": {"kind": "recall", "haystack": "prosa"}, "prose": {"kind": "local_python"}}
         validate({"sources": sources}, DataSettings, "test")
+    with pytest.raises(Refusal, match=r"sources: '\$x' is no name; take letters, digits"):
+        validate({"sources": {"$x": {"kind": "local_python"}}}, DataSettings, "test")
     with pytest.raises(Refusal, match="every weight is 0"):
         validate({"sources": {"code": {"kind": "local_python", "weight": 0.0}}}, DataSettings, "test")
     for source, match in (
