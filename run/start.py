@@ -163,11 +163,28 @@ def join_ranks(device: torch.device, timeout: timedelta | None) -> World:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return World()
-    local_rank = int(os.environ["LOCAL_RANK"])
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     if device.type == "cuda" and local_rank >= torch.cuda.device_count():
         raise Refusal(f"{torch.cuda.device_count()} GPUs here cannot hold local rank {local_rank}; start fewer ranks")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    return World(dist.get_rank(), size, local_rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store_of_start(timeout), rank=rank, world_size=size, timeout=timeout)
+    return World(rank, size, local_rank)
+
+
+def store_of_start(timeout: timedelta | None) -> dist.Store | None:
+    """Where the ranks meet; None: as torch has it.
+
+    torchrun keeps one store for all its starts, and there a quick rank finds the addresses of the start before and
+    waits for ranks that are gone (seen with torch 2.13). Each start of one agent gets keys of its own here; several
+    agents may count their starts differently, so docs/parallel.md has them turn that store off.
+    """
+    is_alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not is_alone:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    patience = timeout or timedelta(minutes=30)
+    store = dist.TCPStore(address, port, int(os.environ["WORLD_SIZE"]), is_master=False, timeout=patience)
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def choose_device(name: str) -> torch.device:
