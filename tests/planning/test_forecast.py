@@ -11,9 +11,9 @@ import torch
 from data.batches import Batches
 from model.size import attention_layer, count, flops_per_token, mean_keys
 from parallel.mesh import grid_of
+from planning import forecast
 from planning.device import Device
 from planning.forecast import Forecast, attention_of_stage, documents_in, forecasts, pieces, whole_rows
-from run import forecast
 from run.config import RunConfig, load_config
 from run.needs import needs_of, share_of
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import run.update
 import train
 from model.transformer import Transformer
 from optim.groups import Optimizer
@@ -29,7 +30,7 @@ def tiny(*overrides: str) -> RunConfig:
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: Mapping[int, Edit]) -> None:
     """Edit one gradient at each of these steps, whichever process comes to them."""
-    whole_step, whole_sum, now = train.train_step, train.sum_gradients, [0]
+    whole_step, whole_sum, now = train.train_step, run.update.sum_gradients, [0]
 
     def step_of_known_number(*arguments: Any) -> train.StepReport:
         now[0] = arguments[3].end_tokens // TOKENS_PER_STEP
@@ -42,7 +43,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: Mapping[int, Edit]) -> None:
             steps[now[0]](gradient)
 
     monkeypatch.setattr(train, "train_step", step_of_known_number)
-    monkeypatch.setattr(train, "sum_gradients", sum_and_edit)
+    monkeypatch.setattr(run.update, "sum_gradients", sum_and_edit)
 
 
 def everything(model: Transformer, optimizer: Optimizer) -> list[Tensor]:
