@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from model.size import Size
 from run import files
 from run import folder as room
 from run.config import RunConfig, load_config
 from run.folder import describe, hold, let_go
-from run.start import Run, refusing, start
+from run.start import Run, refusing, start, store_of_start
 from settings import Refusal
 
 TINY = Path(__file__).parents[1] / "tiny.toml"
@@ -186,3 +187,23 @@ def test_every_rank_that_refuses_says_so(capsys: pytest.CaptureFixture[str], mon
     monkeypatch.setenv("RANK", "3")
     assert refusing(raising(Refusal("no"))) == 2
     assert capsys.readouterr().err == "rank 3: refused: no\n"
+
+
+def test_a_start_that_comes_after_another_does_not_read_its_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = dist.TCPStore("127.0.0.1", 0, None, is_master=True)
+    keys = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    for key, value in keys.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    assert store_of_start(None) is None
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    stores = []
+    for count in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        stores.append(store_of_start(None))
+    first, second = stores
+    assert first is not None and second is not None
+    first.set("address", "gone")
+    assert first.check(["address"]) and not second.check(["address"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # several agents, whose counts may differ
+    assert store_of_start(None) is None

@@ -198,3 +198,16 @@ def test_nobody_looks_where_it_is_off(tmp_path: Path) -> None:
     assert WatchdogSettings(seconds=0).timeout is None
     timeout = WatchdogSettings(seconds=7, slow_seconds=100).timeout
     assert timeout is not None and timeout.total_seconds() > 130, "later than the slowest, and than its grace"
+
+
+def test_patience_ends_with_what_needs_it(clock: list[float]) -> None:
+    dog = Watchdog(WatchdogSettings(seconds=10, slow_seconds=100))
+    dog.at("a step")
+    with pytest.raises(KeyError), dog.slow("an evaluation"):
+        clock[0] += 50
+        assert dog.look() == 50
+        raise KeyError
+    assert dog.look() == 10
+    clock[0] += 11
+    with pytest.raises(Ended):
+        dog.look()
