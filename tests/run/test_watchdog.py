@@ -200,8 +200,9 @@ def test_nobody_looks_where_it_is_off(tmp_path: Path) -> None:
     assert timeout is not None and timeout.total_seconds() > 130, "later than the slowest, and than its grace"
 
 
-def test_patience_ends_with_what_needs_it(clock: list[float]) -> None:
+def test_patience_ends_with_what_needs_it(tmp_path: Path, clock: list[float]) -> None:
     dog = Watchdog(WatchdogSettings(seconds=10, slow_seconds=100))
+    dog._folder = tmp_path
     dog.at("a step")
     with pytest.raises(KeyError), dog.slow("an evaluation"):
         clock[0] += 50
