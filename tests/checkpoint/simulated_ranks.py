@@ -4,7 +4,6 @@ import json
 import os
 import queue
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,7 +28,11 @@ class Tables:
         self.size = size
         self.words: list[Any] = [None] * size
         self.all_said = threading.Barrier(size, timeout=SECONDS)
-        self.post: defaultdict[tuple[int, int, int], queue.Queue] = defaultdict(queue.Queue)
+        self._post: dict[tuple[int, int, int], queue.Queue] = {}
+
+    def box(self, sender: int, receiver: int, tag: int) -> queue.Queue:
+        """What one rank sends another under a tag; `setdefault` is atomic: both of them may be the first to ask."""
+        return self._post.setdefault((sender, receiver, tag), queue.Queue())
 
 
 class Parcel:
@@ -50,11 +53,11 @@ class SimulatedPeers(Peers):
 
     def send(self, tensor: Tensor, rank: int, tag: int) -> Parcel:
         assert tensor.dtype == torch.uint8 and tensor.numel()
-        self.tables.post[self.rank, rank, tag].put(tensor)
+        self.tables.box(self.rank, rank, tag).put(tensor)
         return Parcel(lambda: None)
 
     def receive(self, tensor: Tensor, rank: int, tag: int) -> Parcel:
-        return Parcel(lambda: tensor.copy_(self.tables.post[rank, self.rank, tag].get(timeout=SECONDS)))
+        return Parcel(lambda: tensor.copy_(self.tables.box(rank, self.rank, tag).get(timeout=SECONDS)))
 
 
 @contextmanager
