@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from run.arms import ArmsSettings, Entry, expand, read_arms
-from run.comparison import compare
-from run.comparison_page import show, write_page
+from comparison.arms import ArmsSettings, Entry, expand, read_arms
+from comparison.launch import check_runs, train_all
+from comparison.page import show, write_page
+from comparison.results import compare
 from run.folder import RUNS
-from run.launch import check_runs, train_all
 from run.start import refusing
 from settings import Refusal, to_toml
 

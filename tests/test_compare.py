@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 import compare
-from run import launch
-from run.arms import expand, read_arms
+from comparison import launch
+from comparison.arms import expand, read_arms
 from run.start import refusing
 from settings import Refusal
-from tests.run.test_arms import ARMS, BASE
-from tests.run.test_launch import TRAINER
+from tests.comparison.test_arms import ARMS, BASE
+from tests.comparison.test_launch import TRAINER
 from tests.words import write_words
 
 ASKED = """

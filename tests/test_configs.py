@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from comparison.arms import expand, read_arms
 from data.tokenizer import ByteSettings
 from model.size import count
 from model.transformer import build_model
-from run.arms import expand, read_arms
 from run.config import load_config
 from settings import to_toml
 

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"settings"},
-    {"attention", "moe", "data", "optim"},
+    {"attention", "moe", "data", "optim", "scaling"},
     {"context"},
     {"model"},
     {"parallel"},
@@ -17,6 +17,7 @@ FLOORS = [
     {"checkpoint"},
     {"run"},
     {"planning"},
+    {"comparison"},
     {"train", "plan", "compare"},
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from run.comparison import Arm, Comparison, Verdict, moment
+from comparison.results import Arm, Comparison, Verdict, moment
 from run.page import Picture, ReportSection, drawn
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ Table = tuple[str, list[dict[str, str]]]
 def tables(comparison: Comparison) -> list[Table]:
     """One for each base and needle length: a row an arm, a column a moment, `found ±half  bits per byte`.
 
-    The bits per byte are those of `run.comparison.bits_at`.
+    The bits per byte are those of `comparison.results.bits_at`.
     """
     return [
         (f"{base}: needle at {length:,}, bits per byte at position {length:,}", rows)

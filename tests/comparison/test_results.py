@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from run.arms import ArmsSettings, Claim
-from run.comparison import Arm, Comparison, Estimate, Verdict, bits_at, estimate, read_arm
-from run.comparison_page import show, tables, verdict_lines, write_page
+from comparison.arms import ArmsSettings, Claim
+from comparison.page import show, tables, verdict_lines, write_page
+from comparison.results import Arm, Comparison, Estimate, Verdict, bits_at, estimate, read_arm
 
 BEGIN = 100
 """The step at which arms branch."""

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from comparison.arms import Entry, expand, read_arms
+from comparison.launch import train_all
 from run import launch
-from run.arms import Entry, expand, read_arms
-from run.launch import train_all
-from tests.run.test_arms import ARMS, BASE
+from tests.comparison.test_arms import ARMS, BASE
 
 TRAINER = """
 import json, pathlib, sys, time, tomllib

@@ -9,12 +9,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from comparison.arms import Entry
 from data.batches import Batches
 from evals.scoring import Materials
 from evals.suite import check_suite
 from parallel.mesh import build_mesh
 from parallel.world import World
-from run.arms import Entry
 from run.config import rows_of_step
 from run.demand import demand_of
 from run.start import choose_device

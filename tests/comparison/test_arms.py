@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from run.arms import Entry, expand, laid_over, read_arms, with_keys
+from comparison.arms import Entry, expand, laid_over, read_arms, with_keys
 from run.config import load_config
 from settings import Refusal, to_toml
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from comparison.arms import ArmsSettings, Claim, Entry
 from evals.intervals import student_quantile
-from run.arms import ArmsSettings, Claim, Entry
 from run.facts import read_run
 from run.metrics import Row
 

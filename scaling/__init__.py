@@ -1,0 +1,1 @@
+"""What many runs say together: laws of loss, size and data, fitted, with intervals, and what they advise."""

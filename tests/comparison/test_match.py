@@ -1,0 +1,73 @@
+"""Arms are made alike by each measure and each number, by what others count; what cannot be is refused with the way."""
+
+from pathlib import Path
+
+import pytest
+
+from comparison.match import MatchSettings, match, measure
+from model.size import count
+from planning.device import Device, published
+from run.config import RunConfig, load_config
+from settings import Refusal
+
+ROOT = Path(__file__).parents[2]
+DENSE = "model.num_dense_layers=4"
+BASE = (
+    "model.num_layers=4",
+    "model.width=128",
+    "model.feed_forward_width=512",
+    "model.moe={num_experts=8,experts_per_token=2,expert_width=64}",
+)
+
+
+@pytest.fixture(scope="module")
+def device() -> Device:
+    return published("h100")
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_config(ROOT / "configs/quickstart.toml", [*BASE, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("by", "vary"),
+    [(by, vary) for by in ("active", "flops", "total", "seconds") for vary in ("inner", "width", "depth")]
+    + [("total", "experts")],
+)
+def test_an_arm_becomes_as_large_as_another_of_its_kind(by: str, vary: str, device: Device) -> None:
+    """Moved away and back: what was there is found again."""
+    away = {
+        "inner": "model.moe.expert_width=200",
+        "width": "model.width=160",
+        "depth": "model.num_layers=9",
+        "experts": "model.moe.num_experts=30",
+    }[vary]
+    settings = MatchSettings(to="there", by=by, vary=vary, multiple_of=8, tolerance=0.05)  # type: ignore[arg-type]
+    there = config()
+    found = match(config(away), there, settings, device, "moe")
+    assert measure(found.config, device).of(by) == pytest.approx(measure(there, device).of(by), rel=0.05)  # type: ignore[arg-type]
+
+
+def test_a_mixture_as_active_as_a_dense_model(device: Device) -> None:
+    """Counted by hand: two experts of half the width, beside a router of 8 rows of 128."""
+    dense = config(DENSE)
+    found = match(config(), dense, MatchSettings(to="dense", multiple_of=1, tolerance=0.01), device, "moe")
+    assert found.config.model.moe is not None and found.config.model.moe.expert_width in (253, 254, 255, 256)
+    ours, theirs = (count(each.model, 257).active for each in (found.config, dense))
+    assert abs(ours / theirs - 1) < 0.002
+    told = list(found.lines("moe", measure(dense, device), "active"))
+    assert told[0].startswith("moe: model.") and "model.moe.expert_width: 64 -> 25" in told[0]
+    assert [line for line in told if "matched" in line] == [told[1]] and "parameters that a token meets" in told[1]
+    assert float(told[3].split()[-1].rstrip("%")) > 100, "all parameters are left unlike, and it is said"
+
+
+def test_what_comes_not_near_enough_is_refused(device: Device) -> None:
+    dense = config(DENSE)
+    with pytest.raises(
+        Refusal, match=r"moe: with inner \d+, the nearest, .* off those of 'dense'; set match\.tolerance="
+    ):
+        match(config(), dense, MatchSettings(to="dense", multiple_of=200, tolerance=0.001), device, "moe")
+    with pytest.raises(Refusal, match="this arm has no experts; vary 'inner'"):
+        match(dense, config(), MatchSettings(to="moe", by="total", vary="experts"), device, "dense")
+    with pytest.raises(ValueError, match="vary='experts' hardly moves by='active'; vary 'inner'"):
+        MatchSettings(to="x", vary="experts")
