@@ -13,22 +13,30 @@ from typing import Any
 from model.transformer import ModelSettings
 from parallel.cost import Link
 from parallel.mesh import ParallelSettings, grid_of
-from planning.device import PUBLISHED, Device
+from planning.device import Ceilings, Device, published
+from planning.device_file import FOLDER, DeviceSettings
 from planning.outlook import seconds, table
-from planning.speeds import CARD, Framework, Repeats
+from planning.speeds import Framework, Repeats
 from planning.step_parts import Job, StepTime
 from planning.step_time import step_time
 from run.needs import gigabytes
-from settings import validate
+from settings import load, validate
 
 FILE = Path(__file__).parent / "published.toml"
 NEAR = 0.25
 LESS_POWER = (500 / 700) ** (1 / 3)
 """Of the clock, where an H100 may take 500 W of 700: power grows with the third power of the clock."""
+H100 = published("h100")
 H100_500W = replace(
-    PUBLISHED["h100"], name="h100_500w", peak=LESS_POWER * PUBLISHED["h100"].peak, memory_bandwidth=2.4e12
+    H100,
+    name="h100_500w",
+    peak=LESS_POWER * H100.peak,
+    memory_bandwidth=2.4e12,
+    ceilings=Ceilings(LESS_POWER * H100.best.product, 2.4e12, "of an H100, at the clock of 500 W"),
 )
-DEVICES = {**PUBLISHED, H100_500W.name: H100_500W}
+DEVICES = {each.name: each for each in (published("a100"), H100, H100_500W)}
+CARD = load(FOLDER / "h100.toml", [], DeviceSettings).links.across.reached
+"""The share of its speed that a row's own card reaches."""
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,33 @@ import os
 import platform
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from model.kept import Numbers
 from parallel.cost import Link, Links
-from planning.speeds import AMPERE, CARD, CARD_HOP, HOPPER, NVLINK, NVLINK_HOP, START, Speeds, alike
-from settings import Refusal, nearest
+from planning.device_file import FOLDER, DeviceSettings
+from planning.speeds import Speeds, alike
+from settings import Refusal, load, nearest
 
 EFFICIENCY = 0.4
 """Share of its best product's speed that a device is taken to reach over a whole training step, where none is given."""
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 GLOO = Links(Link(1e9, 50e-6), Link(1e9, 50e-6), 8)
 """Between processes on CPUs: nothing is known of them, so this is a round number."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The best that was measured of a device: see `planning.roofline`."""
+
+    product: float
+    """Floating-point operations a second."""
+    bandwidth: float
+    """Bytes a second."""
+    source: str
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,14 @@ class Device:
     efficiency: float = EFFICIENCY
     source: str = "as published"
     """Where `peak` is from."""
+    ceilings: Ceilings | None = None
+    """None: nothing was measured."""
+    link_names: tuple[str, str] = ("links inside nodes", "links across nodes")
+
+    @property
+    def best(self) -> Ceilings:
+        """What was measured of it, or, where nothing was, its peak and bandwidth."""
+        return self.ceilings or Ceilings(self.peak, self.memory_bandwidth, f"{self.source}, nothing measured")
 
     @property
     def numbers(self) -> Numbers:
@@ -59,33 +81,40 @@ class Device:
         return self.shares or alike(self.efficiency)
 
 
-def nvlinked(nvlink: float, card: float) -> Links:
-    """Nodes of eight GPUs with so many bytes a second of NVLink in one direction, and of a network card, for each."""
-    return Links(Link(nvlink * NVLINK, NVLINK_HOP), Link(card * CARD, CARD_HOP), 8, START)
-
-
-def nvidia(name: str, peak: float, memory: int, memory_bandwidth: float) -> Device:
-    """One of NVIDIA's, with shares and links of its generation, and a network card of 400 Gb/s (A100: 200)."""
-    shares, links = (AMPERE, nvlinked(300e9, 25e9)) if name == "a100" else (HOPPER, nvlinked(450e9, 50e9))
-    return Device("cuda", name, torch.bfloat16, peak, memory * 2**30, memory_bandwidth, links, shares)
-
-
-PUBLISHED = {
-    # NVIDIA's data sheets: dense bf16, NVLink in one direction; of memory what torch finds, which is less than is sold.
-    device.name: device
-    for device in (
-        nvidia("a100", 312e12, 79, 2.04e12),
-        nvidia("h100", 989e12, 79, 3.35e12),
-        nvidia("h200", 989e12, 139, 4.8e12),
-    )
-}
-
-
 def published(name: str) -> Device:
-    """A device that is not here, by name; raises Refusal for one that is not known."""
-    if name not in PUBLISHED:
-        raise Refusal(f"--device {name}: no numbers of such a device{nearest(name, list(PUBLISHED))}")
-    return PUBLISHED[name]
+    """A device that is not here: the name of a file in configs/devices, or the path of one; raises Refusal."""
+    path = Path(name)
+    if path.suffix != ".toml":
+        known = sorted(each.stem for each in FOLDER.glob("*.toml"))
+        if name not in known:
+            raise Refusal(f"--device {name}: no numbers of such a device{nearest(name, known)} Or give a TOML file")
+        path = FOLDER / f"{name}.toml"
+    return device_of(load(path, [], DeviceSettings), path.stem)
+
+
+def device_of(settings: DeviceSettings, name: str) -> Device:
+    """The device that a file tells of."""
+    inside, across = settings.links.inside, settings.links.across
+    links = Links(
+        Link(inside.bandwidth * inside.reached, inside.latency),
+        Link(across.bandwidth * across.reached, across.latency),
+        settings.links.ranks_per_node,
+        settings.links.start,
+    )
+    shares, ceilings = settings.shares, settings.ceilings
+    return Device(
+        settings.kind,
+        name,
+        DTYPES[settings.dtype],
+        settings.peak,
+        int(settings.memory_gib * 2**30),
+        settings.bandwidth,
+        links,
+        None if shares is None else Speeds(**dict(shares)),
+        source=settings.source,
+        ceilings=None if ceilings is None else Ceilings(**dict(ceilings)),
+        link_names=(inside.name, across.name),
+    )
 
 
 def this_device(device: torch.device, dtype: torch.dtype, rate: float | None = None) -> Device:
@@ -104,7 +133,8 @@ def with_rate(device: Device, rate: float) -> Device:
     """The same device where a whole step reaches so many operations a second."""
     if not 0 < rate < math.inf:  # nor NaN, which is neither
         raise Refusal(f"--rate {rate:g}: give floating-point operations a second, such as 120e12")
-    return replace(device, peak=rate, shares=None, efficiency=1.0, source="given, of a whole step")
+    source = "given, of a whole step"
+    return replace(device, peak=rate, shares=None, efficiency=1.0, source=source, ceilings=None)
 
 
 def with_efficiency(device: Device, efficiency: float) -> Device:

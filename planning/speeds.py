@@ -1,5 +1,7 @@
 """What planned time rests on: a few shares of what data sheets promise, the same for every model and run.
 
+Those of a device are in its file, `configs/devices/*.toml`.
+
 `benchmarks/published.py` compares what follows from them with runs that others have published; see docs/planning.md for
 where each is from, and which runs they were taken from.
 """
@@ -8,6 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+KERNELS = ("flash1", "flash2", "flash3", "flex")
+"""Of attention, that speeds are known of."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +37,8 @@ class Speeds:
 
 def alike(efficiency: float) -> Speeds:
     """The same share of the peak in all products and scores, and nothing else takes time: as one number tells it."""
-    kernels = dict.fromkeys(HOPPER.attention, efficiency * 3.5 / 3)  # 3 forwards are the model's, 3.5 what is done
+    kernels = dict.fromkeys(KERNELS, efficiency * 3.5 / 3)  # 3 forwards are the model's, 3.5 what is done
     return Speeds(efficiency, 0.0, math.inf, kernels, 0.0, 1.0, 0.0)
-
-
-HOPPER = Speeds(0.68, attention={"flash1": 0.185, "flash2": 0.36, "flash3": 0.55, "flex": 0.32})
-AMPERE = Speeds(0.85, attention={"flash1": 0.31, "flash2": 0.62, "flash3": 0.62, "flex": 0.5})
-NVLINK = 0.8
-CARD = 0.88
-START, NVLINK_HOP, CARD_HOP = 8.4e-6, 3.4e-6, 14e-6
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from tests.fuzz.schema import Facet, Table, edges, facets, is_section, sample, w
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests/tiny.toml"
-RUNS = (TINY, *sorted(p for p in (ROOT / "configs").rglob("*.toml") if "arms" not in p.name))
+DEVICES = {*(ROOT / "configs" / "devices").glob("*.toml")}
+RUNS = (TINY, *sorted(p for p in {*(ROOT / "configs").rglob("*.toml")} - DEVICES if "arms" not in p.name))
 ARMS = tuple(sorted(p for p in (ROOT / "configs").rglob("*.toml") if "arms" in p.name))
 SCHEMA = [Facet(RunConfig, ())]
 NAME = "case.toml"

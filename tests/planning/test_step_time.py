@@ -15,7 +15,7 @@ from model.transformer import ModelSettings
 from model.work import Bytes, Cuts, Product, head, passes, products
 from parallel.cost import Link, Links
 from parallel.mesh import Grid
-from planning.device import PUBLISHED, Device
+from planning.device import Device, published
 from planning.speeds import OURS, REPEATS, Speeds, alike
 from planning.step_parts import Job, Part, StepTime
 from planning.step_time import step_time
@@ -240,7 +240,7 @@ def test_what_holds_of_any_step(grid: Grid) -> None:
         microbatches=draws.randint(2, 8),
         repeats=draws.choice(list(REPEATS.values())),
     )
-    device = PUBLISHED["h100"]
+    device = published("h100")
     step = step_time(job, device)
     assert all(0 <= part.hidden <= part.seconds * (1 + 1e-9) for part in step.parts), step.parts
     assert 0 < step.utilization < 1 and step.seconds >= sum(p.exposed for p in step.parts) * (1 - 1e-9)
@@ -270,7 +270,7 @@ def test_compiled_steps_move_less() -> None:
 
 
 def test_small_products_are_slower_than_large_ones() -> None:
-    timer = Timer(job_of(), PUBLISHED["h100"], OURS)
+    timer = Timer(job_of(), published("h100"), OURS)
     rates = [p.flops / timer.product(p) / 989e12 for p in (Product("x", n, n, n) for n in (64, 512, 4096, 65536))]
     assert rates == sorted(rates) and rates[0] < 0.15 and 0.65 < rates[-1] < 0.68
     assert alike(0.4).side == 0
