@@ -45,6 +45,10 @@ class MetricsRow(Row):
     skip_reason: Text | None = None
     loss: Number | None = None
     tokens_per_second: Annotated[float, Field(ge=0, le=1e60)] | None = None
+    flops_per_token: Annotated[float, Field(ge=0, le=1e60)] | None = None
+    mfu: Annotated[float, Field(ge=0, le=1e60)] | None = None
+    """Above 1 where a measured peak was too low."""
+    padding_share: Annotated[float, Field(ge=0, le=1)] | None = None
     peak_memory_bytes: Count | None = None
     learning_rate: Number | None = None
     gradient_norm: Number | None = None
@@ -87,6 +91,10 @@ class EvalsRow(Row):
     limit: Number | None = None
     before: Number | None = None
     is_met: StrictInt | bool | None = None
+    text: Text | None = None
+    """A digest of what was read: rows of the same text can be compared piece by piece."""
+    pieces: list[Annotated[tuple[Number | None, Number], Field(strict=False)]] | None = None
+    """Nats and bytes of stretches of it."""
 
     @model_validator(mode="after")
     def _has_what_its_task_needs(self) -> Self:
@@ -212,6 +220,9 @@ class Environment(Record):
     restarts: list[dict[str, Any]] = []
     branched_from: BranchedFrom | None = None
     parameters: Sizes | None = None
+    peak_flops: Annotated[float, Field(gt=0, le=1e60)] | None = None
+    peak_source: Text | None = None
+    routing: Text | None = None
 
 
 def wrong_with(table: Mapping[str, Any], kind: type[Record]) -> str:

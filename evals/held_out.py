@@ -7,7 +7,7 @@ from torch import nn
 
 from evals.lengths import DISTINCT, Length
 from evals.scoring import Cell, Materials, score_rows, sources_of
-from evals.windows import read, spread, sum_up, tile
+from evals.windows import digest, read, spread, sum_up, tile
 from settings import Refusal, Section
 
 
@@ -35,6 +35,9 @@ def check(settings: HeldOutSettings, materials: Materials) -> None:
 def run(model: nn.Module, settings: HeldOutSettings, materials: Materials, seed: int) -> list[Cell]:
     """One cell for each source and length: score is bits per byte, extra `loss` nats per token, `low` and `high`.
 
+    `pieces` are (nats, bytes) of stretches of the text, and `text` is its digest: runs with the same can be compared
+    piece by piece.
+
     Windows of all lengths cover the same text as far as the lengths divide the longest, so that columns differ in the
     context alone. Documents in a window do not see each other.
     """
@@ -48,5 +51,6 @@ def run(model: nn.Module, settings: HeldOutSettings, materials: Materials, seed:
             rows = read(tokens, tile(blocks, block, length), length, end_of_text)
             loss = sum_up(rows.labels_BT, score_rows(model, materials, rows)[1], materials.tokenizer)
             extra = {"loss": loss.per_token, "bytes": loss.num_bytes, **loss.bounds(seed)}
+            extra |= {"text": digest(rows), "pieces": loss.pieces()}
             cells.append(Cell(f"held_out/{name}", length, None, loss.bits_per_byte, loss.tokens, extra))
     return cells

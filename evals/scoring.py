@@ -49,7 +49,7 @@ class Cell:
     score: float
     count: int
     """How many samples (needle) or tokens (the rest) the score is a mean over."""
-    extra: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.row(

@@ -6,6 +6,7 @@ from evals.scoring import Cell
 
 COLUMNS = ("task", "length", "depth", "score", "95% interval", "count", "")
 APART = ("low", "high")
+FOR_FILES = ("pieces", "text")
 
 
 def table_of(cells: Sequence[Cell]) -> list[str]:
@@ -23,7 +24,11 @@ def _aligned(row: Sequence[str], widths: Sequence[int]) -> Iterable[str]:
 
 def _entries(cell: Cell) -> tuple[str, ...]:
     low, high = (cell.extra.get(end) for end in APART)
-    rest = ((name, value) for name, value in cell.extra.items() if name not in APART and not name.startswith("load_"))
+    rest = (
+        (name, value)
+        for name, value in cell.extra.items()
+        if name not in (*APART, *FOR_FILES) and not name.startswith("load_")
+    )
     return (
         cell.task,
         f"{cell.length:,}",

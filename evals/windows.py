@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from zlib import crc32
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from data.tokenizer import Tokenizer
 from evals.intervals import fields, ratio_interval
 from evals.scoring import Rows
 from model.loss import IGNORED
+
+PIECES = 32
+"""Of a text, for whose differences between runs an interval is drawn: enough of them for it, and few in a row."""
 
 
 def spread(num_tokens: int, length: int, max_tokens: int, seed: int) -> np.ndarray:
@@ -54,6 +58,11 @@ def read(tokens: np.ndarray, starts: np.ndarray, length: int, end_of_text: int) 
     return Rows(tokens_BT, labels_BT, end_of_text)
 
 
+def digest(rows: Rows) -> str:
+    """Eight letters that are the same for the same windows."""
+    return f"{crc32(np.ascontiguousarray(rows.labels_BT, dtype=np.int64).tobytes()):08x}"
+
+
 @dataclass(frozen=True)
 class Loss:
     """Losses of asked tokens, summed up in each of B windows."""
@@ -81,6 +90,11 @@ class Loss:
     @property
     def per_token(self) -> float:
         return self.nats / self.tokens if self.tokens else math.nan
+
+    def pieces(self) -> list[list[float]]:
+        """(nats, bytes) of up to `PIECES` stretches of neighbouring windows."""
+        parts = np.array_split(np.arange(len(self.nats_B)), min(PIECES, len(self.nats_B)))
+        return [[round(float(self.nats_B[part].sum()), 3), int(self.bytes_B[part].sum())] for part in parts]
 
     def bounds(self, seed: int = 0) -> dict[str, float]:
         """95% interval of the bits per byte, windows drawn anew: `low`, `high`; neither where one window was read."""

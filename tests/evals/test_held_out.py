@@ -63,3 +63,16 @@ def test_what_does_not_fit_is_refused(materials):
     for lengths in ((), (0,), (16, 16)):
         with pytest.raises(ValidationError):
             HeldOutSettings(lengths=lengths)
+
+
+def test_pieces_add_up_and_the_text_is_named(models, materials):
+    settings = HeldOutSettings(lengths=(16, 64), sources=("web",), tokens=4096)
+    short, long = held_out.run(models.RandomModel(), settings, materials, seed=0)
+    (other, _) = held_out.run(models.CopyOracle(), settings, materials, seed=0)
+    assert len(short.extra["pieces"]) == 32 and sum(size for _, size in short.extra["pieces"]) == short.extra["bytes"]
+    nats = sum(nats for nats, _ in long.extra["pieces"])
+    assert nats / math.log(2) / long.extra["bytes"] == pytest.approx(long.score, rel=1e-4)
+    assert short.extra["text"] == other.extra["text"] != long.extra["text"]
+    assert [size for _, size in short.extra["pieces"]] == [size for _, size in other.extra["pieces"]]
+    settings = HeldOutSettings(lengths=(64,), sources=("web",), tokens=64)
+    assert len(held_out.run(models.RandomModel(), settings, materials, seed=0)[0].extra["pieces"]) == 1
