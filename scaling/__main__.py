@@ -2,16 +2,18 @@
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from run.start import refusing
 from scaling.fit import DELTA, STARTS, Fit, bootstrap, fit, intervals
 from scaling.laws import LAWS, Law
-from scaling.runs import Runs, read_csv
-from scaling.sets import DEFAULT_SET, SETS, advise, best_size, coefficient_set
+from scaling.picture import draw
+from scaling.runs import FLOPS_PER_PARAMETER, Runs, read_csv
+from scaling.sets import DEFAULT_SET, SETS, advise, best_sizes, coefficient_set
 from settings import Refusal, nearest
-
-BUDGETS = (1e18, 1e19, 1e20, 1e21, 1e22, 5.76e23)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -19,30 +21,54 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def show_fit(arguments: argparse.Namespace) -> None:
-    """Coefficients with intervals, how near the runs lie, and the optimum at some budgets."""
+    """Coefficients with intervals, how near the runs lie, and the optimum at budgets up to beyond theirs."""
+    _check(arguments)
     law = _law(arguments.law)
-    runs = read_csv(arguments.runs)
-    kept = runs.without_highest(arguments.drop_highest)
-    best = fit(law, kept, delta=arguments.delta, starts=arguments.starts, seed=arguments.seed)
+    runs = read_csv(arguments.runs).without_highest(arguments.drop_highest)
+    best = fit(law, runs, delta=arguments.delta, starts=arguments.starts, seed=arguments.seed)
     print(f"{law.name}: {law.formula}\n{law.source}")
     dropped = f" (the {arguments.drop_highest} of highest loss left out)" if arguments.drop_highest else ""
-    print(f"{len(kept)} runs{dropped}; Huber loss on log L, delta {best.delta:g}; {arguments.starts} starts")
-    print(f"objective {best.objective:.7g} in all; errors: {_errors(best, kept)}")
-    ranges = {}
-    if arguments.bootstrap:
-        ranges = intervals(law, bootstrap(best, kept, rounds=arguments.bootstrap, seed=arguments.seed))
+    print(f"{len(runs)} runs{dropped}; Huber loss on log L, delta {best.delta:g}; {arguments.starts} starts")
+    print(f"objective {best.objective:.7g} in all; errors: {_errors(best, runs)}")
+    thetas_BK = bootstrap(best, runs, rounds=arguments.bootstrap, seed=arguments.seed)
+    ranges = intervals(law, thetas_BK) if len(thetas_BK) else {}
+    if ranges:
         print(f"95% intervals from {arguments.bootstrap} draws of the runs:")
     for name, value in best.coefficients.items():
-        low, high = ranges.get(name, (None, None))
-        print(f"  {name:<10} {value:<12.6g}" + (f" [{low:.6g}, {high:.6g}]" if low is not None else ""))
-    if "log D" in law.formula or law.name in ("chinchilla", "kaplan", "joint_moe"):
-        print("at 6ND, one expert for all:")
-        for flops in BUDGETS:
-            size = best_size(best, flops)
-            tokens = flops / 6 / size
-            print(
-                f"  {flops:8.3g} FLOPs: {size:8.3g} parameters, {tokens:8.3g} tokens, {tokens / size:6.1f} a parameter"
-            )
+        told = "[{:.6g}, {:.6g}]".format(*ranges[name]) if name in ranges else ""
+        print(f"  {name:<10} {value:<12.6g} {told}".rstrip())
+    if law.has_optimum:
+        for line in _optimum(best, runs):
+            print(line)
+    if arguments.picture:
+        draw(best, runs, thetas_BK, arguments.picture)
+        print(f"picture: {arguments.picture}")
+
+
+def _optimum(best: Fit, runs: Runs) -> Iterator[str]:
+    """A line a budget, for each expansion that was run."""
+    lowest, highest = np.log10(runs.flops_R.min()), np.log10(runs.flops_R.max())
+    budgets = 10.0 ** np.arange(np.ceil(lowest), np.floor(highest) + 3)
+    expansions = [float(expansion) for expansion in np.unique(runs.expansion_R)]
+    for expansion in expansions:
+        yield f"least loss at 6ND{f', expansion {expansion:g}' if expansions != [1.0] else ''}:"
+        for flops, size in zip(budgets, best_sizes(best.law, best.theta_K, budgets, expansion), strict=True):
+            tokens = flops / FLOPS_PER_PARAMETER / size
+            beyond = "  (beyond the runs)" if flops > runs.flops_R.max() else ""
+            told = f"{size:8.3g} parameters, {tokens:8.3g} tokens, {tokens / size:6.1f} a parameter"
+            yield f"  {flops:8.3g} FLOPs: {told}{beyond}"
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what a fit cannot take, before it takes its time."""
+    for name, least in (("drop_highest", 0), ("bootstrap", 0), ("starts", 1), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            raise Refusal(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give {least} or more")
+    if not 0 < arguments.delta < np.inf:
+        raise Refusal(f"--delta {arguments.delta:g}: give a number above 0, such as {DELTA:g}")
+    picture = arguments.picture
+    if picture is not None and not (picture.suffix == ".png" and picture.parent.is_dir()):
+        raise Refusal(f"--picture {picture}: give a .png in a folder that exists")
 
 
 def show_sets(_: argparse.Namespace) -> None:
@@ -72,7 +98,7 @@ def _law(name: str) -> Law:
     return LAWS[name]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m scaling", description=__doc__)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("fit", help="fit a law to the runs of a file")
@@ -83,10 +109,11 @@ def parse_arguments() -> argparse.Namespace:
     one.add_argument("--starts", type=int, default=STARTS, help="searches, from places of the law's grid")
     one.add_argument("--delta", type=float, default=DELTA, help="of the Huber loss on log L")
     one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--picture", type=Path, metavar="FILE.png", help="draw how near the law lies, and its advice")
     one.set_defaults(act=show_fit)
     two = commands.add_parser("sets", help="named coefficients, and where they are from")
     two.set_defaults(act=show_sets)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,11 @@ class Law:
     """The coefficients as their paper writes them."""
 
     @property
+    def has_optimum(self) -> bool:
+        """Whether it weighs size against tokens, so that a budget has a best size."""
+        return {"alpha", "beta"} <= set(self.starts) or {"log n", "log d"} <= set(self.starts)
+
+    @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.starts)
 

@@ -4,14 +4,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from scaling.fit import Fit
-from scaling.laws import LAWS
+from scaling.laws import LAWS, Law
 from scaling.runs import FLOPS_PER_PARAMETER, Runs
 from settings import Refusal
 
 DEFAULT_SET = "epoch"
+GRID, ROUNDS = 60, 8
+"""Of the search for an optimum: 60 sizes, then 60 between the neighbours of the best, to a width of 1e-9."""
 
 
 @dataclass(frozen=True)
@@ -120,19 +121,23 @@ def step_law_rate(parameters: float, tokens: float) -> float:
     return float(1.79 * parameters**-0.713 * tokens**0.307)
 
 
-def best_size(best: Fit, flops: float, expansion: float = 1.0, factor: float = FLOPS_PER_PARAMETER) -> float:
-    """Active parameters of least loss by any fitted law, for so many FLOPs at factor * N * D and one expansion."""
+def best_size(best: Fit, flops: float, expansion: float = 1.0) -> float:
+    """Active parameters of least loss by any fitted law that has an optimum, for so many FLOPs, 6ND."""
+    return float(best_sizes(best.law, best.theta_K, np.array([flops]), expansion)[0])
 
-    def loss(log_size: float) -> float:
-        size = float(np.exp(log_size))
-        return float(best.loss(Runs.of([size], [flops / (factor * size)], [1.0], None, [expansion]))[0])
 
-    bounds = (np.log(1e3), np.log(max(flops / factor / 1e3, 2e3)))
-    grid = np.linspace(*bounds, 200)
-    near = grid[int(np.argmin([loss(place) for place in grid]))]
-    step = grid[1] - grid[0]
-    result = minimize_scalar(loss, bounds=(near - step, near + step), method="bounded", options={"xatol": 1e-9})
-    return float(np.exp(result.x))
+def best_sizes(law: Law, theta_K: np.ndarray, flops_B: np.ndarray, expansion: float = 1.0) -> np.ndarray:
+    """The same for many budgets, (B,): a grid of sizes that closes in on the lowest loss, as laws have one valley."""
+    low_B, high_B = np.full(len(flops_B), np.log(1e3)), np.log(np.maximum(flops_B / FLOPS_PER_PARAMETER / 1e3, 2e3))
+    for _ in range(ROUNDS):
+        log_size_BG = np.linspace(low_B, high_B, GRID, axis=-1)
+        size_R = np.exp(log_size_BG).ravel()
+        tokens_R = np.repeat(flops_B / FLOPS_PER_PARAMETER, GRID) / size_R
+        runs = Runs.of(size_R, tokens_R, np.ones_like(size_R), None, np.full_like(size_R, expansion))
+        lowest_B = law.loss(theta_K, runs).reshape(-1, GRID).argmin(-1)
+        rows = np.arange(len(flops_B))
+        low_B, high_B = (log_size_BG[rows, (lowest_B + side).clip(0, GRID - 1)] for side in (-1, 1))
+    return np.exp((low_B + high_B) / 2)
 
 
 def set_of(best: Fit, name: str, source: str) -> CoefficientSet:

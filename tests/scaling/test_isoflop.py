@@ -32,8 +32,8 @@ def test_intervals_hold_the_bottom_about_as_often_as_they_say() -> None:
     held, widths = [], []
     for seeds in (1, 4):
         ranges = [
-            valley(1e20, *curve(1e20, sizes, noise=0.002, seeds=seeds, draw=draw), rounds=200).size_interval
-            for draw in range(100)
+            valley(1e20, *curve(1e20, sizes, noise=0.002, seeds=seeds, draw=draw), rounds=100).size_interval
+            for draw in range(80)
         ]
         held.append(sum(low < best < high for low, high in ranges) / len(ranges))
         widths.append(np.median([high / low for low, high in ranges]))
