@@ -45,16 +45,30 @@ def distances_of(batches: Sequence[Batch], positions: Consecutive | Pose, window
     """
     counts = np.zeros(len(EDGES) - 1, dtype=np.int64)
     for batch in batches:
-        row_length, padding_B = batch.sequence_length, batch.padding_B.cpu().numpy()
-        lengths_D = np.array(batch.mask_lengths, dtype=np.int64)
-        row_D, end_D = np.divmod(np.cumsum(lengths_D) - 1, sum(batch.lengths) // len(padding_B))
-        counts_B = np.bincount(row_D, minlength=len(padding_B))
         chunks = None
         if isinstance(positions, Pose):
+            lengths_D, row_D, _ = _stretches(batch)
+            counts_B = np.bincount(row_D, minlength=len(batch.padding_B))
             chunks = chunks_of(positions, lengths_D, counts_B, batch.keys_B.cpu().numpy())
-        real_D = np.clip((row_length - padding_B)[row_D] - (end_D + 1 - lengths_D), 0, lengths_D)
-        counts += count_distances(real_D, window, chunks)
+        counts += count_distances(real_lengths(batch), window, chunks)
     return counts
+
+
+def real_lengths(batch: Batch) -> np.ndarray:
+    """Tokens of every stretch inside which attention looks back, int64 (D,): of whole rows, their padding left out.
+
+    Of a rank's part of rows, those of the whole rows.
+    """
+    lengths_D, row_D, end_D = _stretches(batch)
+    real_B = batch.sequence_length - batch.padding_B.cpu().numpy()
+    return np.clip(real_B[row_D] - (end_D + 1 - lengths_D), 0, lengths_D)
+
+
+def _stretches(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each: its length, padding included, the row that it is in, and the place of its last token there."""
+    lengths_D = np.array(batch.mask_lengths, dtype=np.int64)
+    row_D, end_D = np.divmod(np.cumsum(lengths_D) - 1, sum(batch.lengths) // len(batch.padding_B))
+    return lengths_D, row_D, end_D
 
 
 def _in_buckets(lengths_N: np.ndarray, skips_N: np.ndarray, signs_N: np.ndarray, window: int | None) -> np.ndarray:

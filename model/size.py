@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from attention.attention import AttentionSettings, channels_per_head
 from attention.latent import LatentSettings
 from model.transformer import ModelSettings
@@ -106,12 +108,45 @@ def attention_flops_per_token(
 
     window: how many tokens back every layer sees in training, itself included; left out, what the layer says.
     """
-    windows = Counter(settings.window(layer) for layer in range(settings.num_layers))
-    keys = sum(
-        number * mean_keys_of_documents(lengths, min((w for w in (own, window) if w is not None), default=None))
-        for own, number in windows.items()
-    )
+    keys = sum(number * mean_keys_of_documents(lengths, view) for view, number in views(settings, window).items())
     return 6 * attention_layer(settings).channels * keys
+
+
+def views(settings: ModelSettings, window: int | None = None) -> dict[int | None, int]:
+    """How many layers see so many tokens back, a token itself included (None: all), in the order of the layers.
+
+    window: as many as any layer sees in training; left out, what the layer says.
+    """
+    own = (settings.window(layer) for layer in range(settings.num_layers))
+    return dict(Counter(min((w for w in (each, window) if w is not None), default=None) for each in own))
+
+
+def pairs_seen(settings: ModelSettings, lengths: Sequence[int] | np.ndarray, window: int | None = None) -> int:
+    """Pairs of a query and a key that it sees, in documents of these lengths, over all layers: exactly."""
+    return sum(number * keys_seen(lengths, view) for view, number in views(settings, window).items())
+
+
+def keys_seen(lengths: Sequence[int] | np.ndarray, view: int | None) -> int:
+    """The same in a layer that sees so many tokens back, a token itself included; None: all of its document."""
+    lengths_D = np.asarray(lengths, dtype=np.int64)
+    seen_D = lengths_D if view is None else np.minimum(lengths_D, view)
+    return int((seen_D * (seen_D + 1) // 2 + (lengths_D - seen_D) * seen_D).sum())
+
+
+def step_flops(
+    settings: ModelSettings, vocab_size: int, num_tokens: int, pairs: int, expert_rows: float | None = None
+) -> float:
+    """Operations of so many tokens forward and backward, counted as in `flops_per_token`, with what was in a step.
+
+    pairs: see `pairs_seen`. expert_rows: rows that routed experts computed, of all layers together; left out, K of each
+    layer for each token.
+    """
+    active = count(settings, vocab_size).active_experts
+    experts: float = num_tokens * active
+    if expert_rows is not None and settings.moe is not None:
+        experts = expert_rows * 3 * settings.width * settings.moe.expert_width
+    others = num_tokens * (multiplied_weights(settings, vocab_size) - active)
+    return 6 * (others + experts + attention_layer(settings).channels * pairs)
 
 
 def mean_keys_of_documents(lengths: Sequence[int], window: int | None) -> float:

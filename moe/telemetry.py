@@ -38,6 +38,8 @@ class RoutingMeter:
         """Sums over real tokens of the squared logsumexp, of the entropy and of 1, and the rows computed, fp64."""
         self.largest_W: Tensor | None = None
         """The largest absolute logit of each rank."""
+        self.computed_rows: float | None = None
+        """Rows that real experts computed in all layers together, once a report was made; None: no such layers."""
         self._first_choices: list[Tensor] | None = None
         self._route_again: Callable[[], Sequence[RoutingStats]] | None = None
         self._sum_over_shards: Callable[[Tensor], Tensor] = as_is
@@ -126,7 +128,9 @@ class RoutingMeter:
             numbers["bias_min"], numbers["bias_max"] = torch.stack(biases_LE).aminmax()
         if self._route_again is not None and self._first_choices is not None:
             numbers["choice_overlap"] = self._overlap(self._route_again())
-        return dict(zip(numbers, torch.stack([n.double() for n in numbers.values()]).tolist(), strict=True))
+        computed, *told = torch.stack([n.double() for n in (computed_L.sum(), *numbers.values())]).tolist()
+        self.computed_rows = computed
+        return dict(zip(numbers, told, strict=True))
 
     def _overlap(self, all_stats: Sequence[RoutingStats]) -> Tensor:
         """The mean over layers of the choices that stayed."""

@@ -93,6 +93,11 @@ def describe(folder: Path, config: RunConfig, materials: dict[str, str], around:
     write_whole(folder / "environment.json", f"{json.dumps(around, indent=2)}\n".encode())
 
 
+def described(folder: Path) -> dict[str, Any]:
+    """environment.json of a run's folder; nothing where there is none. Raises Refusal where it is damaged."""
+    return read_table(folder / "environment.json", Environment)
+
+
 def read_table(path: Path, kind: type[Record] = Record) -> dict[str, Any]:
     """One object of a kind in a JSON file; nothing where there is no file. Raises Refusal where it is damaged."""
     if not path.exists():
@@ -133,7 +138,7 @@ def _refuse_other_materials(folder: Path, now: dict[str, str]) -> None:
 
 def _with_restart(folder: Path, config: RunConfig, now: dict[str, Any]) -> dict[str, Any]:
     """The facts of the first start, and what is new since the last one, unless the run has nothing left to do."""
-    first = read_table(folder / "environment.json", Environment) or now
+    first = described(folder) or now
     restarts = first.get("restarts", [])
     last = dict(first)
     for restart in restarts:

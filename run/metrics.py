@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from checkpoint import records
 from run.files import read_bytes
+from run.speed import beside
 from settings import Refusal
 
 if TYPE_CHECKING:
@@ -94,14 +95,21 @@ def read_rows(path: Path | str, kind: type[records.Row] = records.Row) -> list[R
 class ProgressLine:
     """One live line in a terminal; elsewhere one plain line every `every_seconds`, and one at the end.
 
-    Rows are those of metrics.jsonl: `tokens`, and as far as they are there `loss`, `tokens_per_second`, `stage` and
-    `sequence_length`.
+    Rows are those of metrics.jsonl: `tokens`, and as far as they are there `loss`, `tokens_per_second`, `mfu`,
+    `padding_share`, `stage` and `sequence_length`.
     """
 
     def __init__(
-        self, name: str, total_tokens: int, *, every_seconds: float = 10.0, console: Console | None = None
+        self,
+        name: str,
+        total_tokens: int,
+        *,
+        routing: str = "",
+        every_seconds: float = 10.0,
+        console: Console | None = None,
     ) -> None:
-        self.console = console or Console()
+        """routing: how the model routes, in words, which stand beside its speed."""
+        self.console, self._routing = console or Console(), routing
         self.total_tokens, self.every_seconds = total_tokens, every_seconds
         self._name, self._last_line, self._printed_at = name, "", -math.inf
         self._speed: float | None = None
@@ -139,12 +147,14 @@ class ProgressLine:
             self._print_line()
 
     def describe(self, row: Mapping[str, Any]) -> str:
-        """`1.2M/6.6M tokens  loss 2.134  41K tokens/s  2:10 left  stage 1 (length 128)`."""
+        """`1.2M/6.6M tokens  loss 2.134  41K tokens/s (MFU 23%, top-2 of 4 learned, padding 3%)  2:10 left  stage 1
+        (length 128)`, in one line."""
         parts = [f"{short(row['tokens'])}/{short(self.total_tokens)} tokens"]
         if row.get("loss") is not None:
             parts.append(f"loss {row['loss']:.3f}")
         if self._speed:
-            parts.append(f"{short(self._speed)} tokens/s")
+            around = beside(row.get("mfu"), self._routing, row.get("padding_share"))
+            parts.append(f"{short(self._speed)} tokens/s" + (f" ({around})" if around else ""))
             parts.append(f"{clock(max(0, self.total_tokens - row['tokens']) / self._speed)} left")
         if row.get("stage") is not None:
             length = f" (length {row['sequence_length']})" if "sequence_length" in row else ""

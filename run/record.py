@@ -21,9 +21,11 @@ from evals.grid import make_grid
 from evals.lengths import trained_length
 from evals.scoring import Cell
 from moe.telemetry import RoutingMeter
+from moe.words import routing_in_words
 from parallel.sequence import farthest_view
 from run.metrics import Metrics, ProgressLine, Row
 from run.report import write_report
+from run.speed import StepCounts, counts_of, flops_per_token, padding_share, utilization
 from run.start import Run
 
 
@@ -64,7 +66,7 @@ class Recorder:
         self.metrics = self.line = None
         if run.world.is_main:
             self.metrics = Metrics(run.folder, progress.step, config.log.tensorboard)
-            self.line = ProgressLine(config.name, config.total_tokens)
+            self.line = ProgressLine(config.name, config.total_tokens, routing=routing_in_words(config.model.moe))
         if progress.step:
             run.say(f"{run.folder}: continues at step {progress.step}, {progress.tokens:,} tokens")
         self._restart_window()
@@ -89,7 +91,10 @@ class Recorder:
         if progress.step % config.log.every_steps and progress.tokens < config.total_tokens:
             return
         loss = float(report.loss)
-        documents, bytes_per_target, distances = self._count(report.microbatches, step)
+        documents, bytes_per_target, distances, counts = self._count(report.microbatches, step)
+        routing, speed = report.routing.report(), self._window_tokens / (time.monotonic() - self._window_start)
+        vocab_size, rows = self.tokenizer.vocab_size, report.routing.computed_rows
+        flops = flops_per_token(config.model, vocab_size, step.num_tokens, counts, rows)
         row = {
             "step": progress.step,
             "tokens": progress.tokens,
@@ -99,31 +104,37 @@ class Recorder:
             "bits_per_byte": loss / math.log(2) / bytes_per_target,
             "learning_rate": learning_rate,
             "gradient_norm": float(report.gradient_norm),
-            "tokens_per_second": self._window_tokens / (time.monotonic() - self._window_start),
+            "tokens_per_second": speed,
+            "flops_per_token": flops,
+            "mfu": utilization(speed, flops, self.run.peak.flops, self.run.world.size),
+            "padding_share": padding_share(step.num_tokens, counts),
             "peak_memory_bytes": peak_memory(self.run.device),
             "documents": documents,
             "distances": distances,
             **self.run.guard.row(progress.step),
-            **report.routing.report(),
+            **routing,
         }
         if self.metrics is not None and self.line is not None:
             self.metrics.log(row)
             self.line.update(row)
         self._restart_window()
 
-    def _count(self, microbatches: list[Batch], step: StepPlan) -> tuple[int, float, list[int]]:
-        """Of the step, over all ranks: documents, bytes of text for each target token, pairs by distance."""
+    def _count(self, microbatches: list[Batch], step: StepPlan) -> tuple[int, float, list[int], StepCounts]:
+        """Of the step, over all ranks: documents, bytes of text for each target token, pairs by distance, and counts
+        of what is computed."""
         labels_N = torch.cat([batch.labels_BT[batch.labels_BT >= 0] for batch in microbatches]).numpy()
         documents = sum(batch.num_documents for batch in microbatches)
-        own = [documents, self.tokenizer.num_bytes(labels_N), len(labels_N)]
+        mine = counts_of(microbatches, step, self.run.config.model)
+        own = [documents, self.tokenizer.num_bytes(labels_N), len(labels_N), mine.real_tokens, mine.pairs]
         views = [view for view in (step.window, farthest_view(self.run.config.model)) if view is not None]
         pairs_X = distances_of(microbatches, step.stage.settings.positions, min(views, default=None))
         counts = torch.tensor([*own, *pairs_X.tolist()], device=self.run.device)
-        documents, num_bytes, targets, *pairs = self.run.mesh.data.sum(counts).tolist()
-        pairs = [count // self.run.row_group.size for count in pairs]  # ranks of a row have counted the same
+        documents, num_bytes, targets, real, seen, *pairs = self.run.mesh.data.sum(counts).tolist()
+        # Ranks of a row have counted the same pairs.
+        seen, *pairs = (count // self.run.row_group.size for count in (seen, *pairs))
         while pairs and not pairs[-1]:
             pairs.pop()
-        return documents, max(num_bytes, 1) / max(targets, 1), pairs
+        return documents, max(num_bytes, 1) / max(targets, 1), pairs, StepCounts(real, seen)
 
     def record_evals(
         self, progress: Progress, stage: Stage, cells: Sequence[Cell], *, before: Stage | None = None

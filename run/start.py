@@ -21,6 +21,7 @@ from context.stages import Stage
 from evals.ranks import Ranks
 from model.block import Kind
 from model.size import Size
+from moe.words import routing_in_words
 from parallel.layout import Layouts
 from parallel.mesh import Grid, Mesh, build_mesh
 from parallel.sequence import ALONE, RowGroup, build_row_groups
@@ -30,8 +31,9 @@ from run.branch import Origin
 from run.config import RunConfig
 from run.deterministic import fix_order, forbidden
 from run.environment import environment
-from run.folder import RUNS, choose_name, describe, hold, let_go, refuse_other_run
+from run.folder import RUNS, choose_name, describe, described, has_progress, hold, let_go, refuse_other_run
 from run.guard import Guard
+from run.peak import NOT_KNOWN, Peak, peak_of, remembered
 from run.watchdog import Watchdog
 from settings import Refusal
 
@@ -62,6 +64,8 @@ class Run:
     """How the model lies on them, once it does."""
     kinds: dict[int, Sequence[Kind]] = field(default_factory=dict)
     """By stage, what of each layer is computed again, where a memory budget decides it."""
+    peak: Peak = NOT_KNOWN
+    """Of this rank's device, once the folder is open; the main rank's alone."""
     guard: Guard = field(init=False)
     """Which steps may change the weights."""
     watchdog: Watchdog = field(init=False)
@@ -117,8 +121,12 @@ class Run:
             around = {
                 **environment(self.device, self.dtype, self.world.size),
                 "parameters": {"total": size.total, "active": size.active},
+                "routing": routing_in_words(self.config.model.moe),
                 **(origin.facts() if origin else {}),
             }
+            before = described(self.folder) if has_progress(self.folder) else {}
+            self.peak = remembered(before, around) or peak_of(self.device, self.dtype)
+            around |= self.peak.facts
             describe(self.folder, self.config, materials, around)
         self.world.wait()
         _stop_on_signals(self)
