@@ -1,6 +1,6 @@
 """Bits per byte of held-out text: how well each source is predicted from a window of so many tokens."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt
 from torch import nn
@@ -50,7 +50,7 @@ def run(model: nn.Module, settings: HeldOutSettings, materials: Materials, seed:
         for length in settings.lengths:
             rows = read(tokens, tile(blocks, block, length), length, end_of_text)
             loss = sum_up(rows.labels_BT, score_rows(model, materials, rows)[1], materials.tokenizer)
-            extra = {"loss": loss.per_token, "bytes": loss.num_bytes, **loss.bounds(seed)}
+            extra: dict[str, Any] = {"loss": loss.per_token, "bytes": loss.num_bytes, **loss.bounds(seed)}
             extra |= {"text": digest(rows), "pieces": loss.pieces()}
             cells.append(Cell(f"held_out/{name}", length, None, loss.bits_per_byte, loss.tokens, extra))
     return cells

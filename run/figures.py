@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-Series = Mapping[str, tuple[Sequence[float], Sequence[float | None]]]
-"""Name of a line -> (x, y); a y of None leaves a gap."""
+Line = tuple[Sequence[float], Sequence[float | None]]
+"""(x, y); a y of None leaves a gap."""
+Series = Mapping[str, Line]
+"""Name of a line -> the line."""
 DPI = 150
 INK, FAINT, GRID, GROUND = "#22272e", "#6b7480", "#e3e6ea", "#ffffff"
 LEGEND: dict[str, Any] = {"fontsize": 8.5, "frameon": False, "labelcolor": INK, "handlelength": 1.4}
@@ -53,6 +55,10 @@ class Panel:
     """Where the y axis is marked, and with what; left out: numbers where they fit."""
     bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
     """Name of a line -> (low, high) at each of its points."""
+    faint: Mapping[str, Sequence[Line]] = field(default_factory=dict)
+    """Name of a line -> others that are drawn faintly in its colour: the runs that it is the mean of."""
+    colours: Mapping[str, str] = field(default_factory=dict)
+    """Name of a line -> its colour, where it is to be the same in several pictures."""
 
 
 def panels(content: Sequence[Panel], marks: Sequence[Mark] = (), columns: int = 1) -> "Figure":
@@ -169,8 +175,11 @@ def _draw_panel(axes: "Axes", panel: Panel, *, has_legend: bool = True) -> None:
     number_format = FuncFormatter(lambda value, _: short(value))
     _style(axes)
     for number, (name, (x, y)) in enumerate(panel.series.items()):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = panel.colours.get(name, COLOURS[number % len(COLOURS)])
         points: Any = [math.nan if value is None else value for value in y]
+        for faint_x, faint_y in panel.faint.get(name, ()):
+            gaps: Any = [math.nan if value is None else value for value in faint_y]
+            axes.plot(faint_x, gaps, color=colour, alpha=0.28, linewidth=0.8)
         if panel.is_smoothed and len(points) > 20:
             axes.plot(x, points, color=colour, alpha=0.25, linewidth=0.8)
             points = smooth(points)

@@ -1,0 +1,183 @@
+"""Runs that exist, ours or somebody else's: `name=path` words into runs, and foreign metrics.jsonl under our names."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from checkpoint.records import Environment, EvalsRow
+from comparison.seen import SeenRun, read_seen
+from run.files import read_text
+from run.folder import read_table
+from run.metrics import Row, read_rows
+from settings import Refusal
+
+ALIASES: Mapping[str, tuple[str, ...]] = {
+    "step": ("step", "iteration", "iter", "global_step", "_step", "trainer/global_step", "train/global_step",
+             "train/step", "train/iteration", "train_step", "steps", "update", "num_updates"),
+    "loss": ("loss", "train_loss", "train/loss", "training_loss", "lm_loss", "train/lm_loss", "loss/train",
+             "training/loss", "loss_metrics/global_avg_loss", "train/loss_metrics/global_avg_loss", "train/ce_loss",
+             "train/cross_entropy_loss", "ce_loss", "language_model_loss"),
+    "tokens": ("tokens", "consumed_tokens", "num_tokens", "total_tokens", "tokens_seen", "n_tokens_seen",
+               "ntokens_seen", "train/tokens", "train/n_tokens_seen", "train/total_tokens", "train/tokens_seen",
+               "num_input_tokens_seen", "train/num_input_tokens_seen", "throughput/total_tokens",
+               "train/consumed_tokens"),
+    "tokens_per_second": ("tokens_per_second", "tokens_per_sec", "tokens/s", "tok/s", "tok_per_sec", "tps",
+                          "throughput", "throughput(tps)", "train/tps", "train/tokens_per_second",
+                          "train/tokens_per_sec", "train/throughput(tps)", "train/tok_per_sec", "perf/tps",
+                          "throughput/device/tps", "train_tokens_per_second"),
+    "learning_rate": ("learning_rate", "lr", "train/lr", "train/learning_rate", "optim/lr", "lr_0"),
+    "gradient_norm": ("gradient_norm", "grad_norm", "train/grad_norm", "optim/total_grad_norm", "total_norm"),
+    "mfu": ("mfu", "train/mfu", "mfu(%)", "train/mfu(%)"),
+    "elapsed_seconds": ("elapsed_seconds", "_runtime", "elapsed", "elapsed_time", "wall_time", "wall_clock_seconds",
+                        "train/elapsed_seconds"),
+    "peak_memory_bytes": ("peak_memory_bytes", "max_memory_bytes", "memory/max_reserved(gib)",
+                          "train/memory/max_reserved(gib)", "train/peak_memory_bytes", "max_memory_allocated"),
+    "flops_per_token": ("flops_per_token", "num_flops_per_token", "train/flops_per_token"),
+    "sequence_length": ("sequence_length", "seq_len", "seq_length", "train/sequence_length"),
+    "balance_loss": ("balance_loss", "load_balancing_loss", "aux_loss", "train/aux_loss", "train/load_balancing_loss"),
+    "max_violation": ("max_violation", "max_vio", "maxvio"),
+    "router_entropy": ("router_entropy",),
+    "dead_experts": ("dead_experts",),
+    "padding_share": ("padding_share",),
+}  # fmt: skip
+"""Our key, and what others write for it: letters small, spaces as `_`, tables and dots as `/`; the first that is there
+counts. Others' throughput is taken as it stands: torchtitan's is that of one device."""
+UNITS = {"mfu(%)": 0.01, "train/mfu(%)": 0.01, "memory/max_reserved(gib)": 2.0**30}
+UNITS["train/memory/max_reserved(gib)"] = 2.0**30
+WHOLE = ("step", "tokens", "sequence_length", "peak_memory_bytes")
+KEPT_EVERY = 4000
+"""Rows of others' files beyond which they are thinned out."""
+
+
+def read_runs(words: Sequence[str]) -> list[SeenRun]:
+    """`PATH` or `LABEL=PATH`, folders or .jsonl files; those of one label are seeds of one arm. Raises Refusal."""
+    named = [_split(word) for word in words]
+    runs = [read_other(path, label) for label, path in named]
+    if len({run.folder for run in runs}) < len(runs):
+        raise Refusal("--runs: names a folder twice; a run says what it says once")
+    seen: dict[tuple[str, int], Path] = {}
+    for run in runs:
+        if run.seed is not None and seen.setdefault((run.arm, run.seed), run.folder) != run.folder:
+            raise Refusal(
+                f"{run.folder}: is arm {run.arm!r} with seed {run.seed}, and so is {seen[run.arm, run.seed]}; give one "
+                "of them another label: --runs LABEL=PATH"
+            )
+    return runs
+
+
+def _split(word: str) -> tuple[str, Path]:
+    label, equals, rest = word.partition("=")
+    if equals and not Path(word).exists():
+        if not label.strip() or not rest:
+            raise Refusal(f"--runs {word!r}: write LABEL=PATH, or a path alone")
+        return label.strip(), Path(rest)
+    path = Path(word)
+    name = path.resolve().parent.name if path.name == "metrics.jsonl" else path.resolve().name
+    return name.removesuffix(".jsonl"), path
+
+
+def read_other(path: Path, label: str, group: str = "") -> SeenRun:
+    """A run of ours by its folder, or somebody else's by its metrics.jsonl. Raises Refusal naming what is wrong."""
+    file = path if path.is_file() else path / "metrics.jsonl"
+    folder = file.parent
+    if file.name == "metrics.jsonl" and (folder / "config.toml").is_file():
+        run = read_seen(folder, label, None, group)
+        if run is None:
+            raise Refusal(f"{folder}: has measured nothing yet; leave it out, or train it further")
+        seed = run.config.get("seed", 0)
+        return replace(run, seed=seed if isinstance(seed, int) else None)
+    if not file.is_file():
+        raise Refusal(f"{path}: holds neither config.toml nor metrics.jsonl, so it is no run; give a run's folder")
+    metrics = list(read_foreign(file))
+    evals = [row for row in read_rows(folder / "evals.jsonl", EvalsRow) if row.get("moment") != "start"]
+    notes = [f"read as somebody else's metrics: {', '.join(sorted({key for row in metrics for key in row}))}"]
+    lacking = [key for key in ("tokens", "tokens_per_second") if all(row.get(key) is None for row in metrics)]
+    if "tokens" in lacking:
+        notes.append("no count of tokens (tokens, consumed_tokens, ...): left out of what is drawn against tokens")
+    if lacking == ["tokens_per_second"] and all(row.get("elapsed_seconds") is None for row in metrics):
+        notes.append("no speed and no elapsed time: left out of what is drawn against seconds")
+    if all(row.get("flops_per_token") is None for row in metrics):
+        notes.append("no FLOPs a token (flops_per_token): left out of what is drawn against FLOPs")
+    environment = read_table(folder / "environment.json", Environment) if file.name == "metrics.jsonl" else {}
+    return SeenRun(group, label, None, file.resolve().parent if file.name == "metrics.jsonl" else file.resolve(),
+                   metrics, evals, environment=environment, notes=tuple(notes))  # fmt: skip
+
+
+def read_foreign(path: Path) -> Iterator[Row]:
+    """Rows under our names, by step, a step that stands twice as it stands last; those without a loss are left out.
+
+    Raises Refusal naming file, line and key where a line is no object, or no line has a step or a loss.
+    """
+    rows: dict[int, Row] = {}
+    lines = [(number, flat) for number, flat in _objects(path)]
+    chosen = {key: _first(names, lines) for key, names in ALIASES.items()}
+    for key in ("step", "loss"):
+        if chosen[key] is None:
+            number, flat = lines[0] if lines else (1, {})
+            raise Refusal(
+                f"{path}, line {number}: {key} is not there, nor on any later line; it may be called "
+                f"{', '.join(ALIASES[key][:6])}, ...; here are {', '.join(list(flat)[:12]) or 'no keys'}"
+            )
+    for number, flat in lines:
+        row = _row(path, number, flat, {key: name for key, name in chosen.items() if name is not None})
+        if "step" in row and "loss" in row:
+            rows[row["step"]] = row
+    found = [rows[step] for step in sorted(rows)]
+    yield from found[:: max(1, len(found) // KEPT_EVERY)]
+
+
+def _first(names: Iterable[str], lines: Sequence[tuple[int, Mapping[str, Any]]]) -> str | None:
+    """Of several names the first that any line has: one name for the whole file, so that meanings do not mix."""
+    return next((name for name in names if any(flat.get(name) is not None for _, flat in lines)), None)
+
+
+def _row(path: Path, number: int, flat: Mapping[str, Any], chosen: Mapping[str, str]) -> Row:
+    row: Row = {}
+    for key, name in chosen.items():
+        if name not in flat:
+            continue
+        value = flat[name]
+        if value is None and key == "loss":
+            row[key] = None
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            if key in ("step", "loss", "tokens"):
+                raise Refusal(f"{path}, line {number}: {name}={value!r:.40} is no number, and is read as {key}")
+            continue
+        value = value * UNITS.get(name, 1)
+        if not math.isfinite(value):
+            row |= {key: None} if key == "loss" else {}
+        else:
+            row[key] = round(value) if key in WHOLE else float(value)
+    return row
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, flat keys) of each line; one that was cut short at the end of the file is none."""
+    lines = read_text(path).split("\n")
+    for number, line in zip(count(1), lines, strict=False):
+        if not line.strip():
+            continue
+        try:
+            table = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                continue
+            raise Refusal(f"{path}, line {number}: is no JSON object; mend the line or remove it") from None
+        if not isinstance(table, dict):
+            raise Refusal(f"{path}, line {number}: is no JSON object; each line has to be one step's")
+        yield number, dict(_flat(table))
+
+
+def _flat(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        name = above + str(key).strip().lower().replace(" ", "_").replace(".", "/")
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}/")
+        else:
+            yield name, value
