@@ -42,7 +42,8 @@ def judge(folder: Path, seed: int, seconds: float) -> Row:
     bits = [
         (row["tokens"], row["score"]) for row in evals if row["task"] == "held_out/python" and row["length"] == short
     ]
-    speeds = sorted(row["tokens_per_second"] for row in read(folder / "metrics.jsonl"))
+    steps = read(folder / "metrics.jsonl")
+    around = json.loads((folder / "environment.json").read_text())
     numbers: dict[str, Any] = {
         "needle_128_before": mean(evals, task="needle", length=short, tokens=before),
         "needle_512_before": mean(evals, task="needle", length=long, tokens=before),
@@ -61,8 +62,20 @@ def judge(folder: Path, seed: int, seconds: float) -> Row:
         "bits per byte at 128 rise by at most 0.05 through the extension": rise <= 0.05,
         "at most 600 s": seconds <= 600,
     }
-    median = speeds[len(speeds) // 2]
-    return {"seed": seed, "seconds": round(seconds), "tokens_per_second": round(median), **numbers, "claims": claims}
+    speed = {
+        "tokens_per_second": round(middle(steps, "tokens_per_second") or 0),
+        "mfu": middle(steps, "mfu"),
+        "padding_share": middle(steps, "padding_share"),
+        "routing": around["routing"],
+        "peak_flops": around["peak_flops"],
+    }
+    return {"seed": seed, "seconds": round(seconds), **speed, **numbers, "claims": claims}
+
+
+def middle(steps: list[Row], key: str) -> float | None:
+    """The median of a run's rows; None where nothing is known."""
+    numbers = sorted(row[key] for row in steps if row[key] is not None)
+    return numbers[len(numbers) // 2] if numbers else None
 
 
 def table(rows: list[Row]) -> str:

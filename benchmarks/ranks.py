@@ -2,7 +2,8 @@
 
 The same step of the same mixture of experts on the same tokens: by rank 0 alone with one thread while rank 1 sleeps,
 then by both with one thread each, every layer's weights cut in two (FSDP2) or replicated. They take turns in one
-process, so that a change in the machine's load hits both; the ratio of the medians is the result.
+process, so that a change in the machine's load hits both; the ratio of the medians is the result. MFU is against the
+measured peak of one thread for each rank that works (see docs/planning.md); rows are whole, without padding.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,10 @@ from benchmarks.record import keep
 from context.rotary import DefaultRotary
 from model.initialize import first_values
 from model.loss import cross_entropy
+from model.size import flops_per_token
 from model.transformer import ModelSettings, Transformer, build_model
 from moe.layer import MoESettings
+from moe.words import routing_in_words
 from optim.groups import AdamWSettings, build_optimizer
 from parallel.apply import parallelize
 from parallel.gradients import clip_gradients, named_parameters, norm_over_ranks, sum_gradients
@@ -32,6 +35,8 @@ from parallel.mesh import ParallelSettings, build_mesh
 from parallel.recompute import RecomputeSettings
 from parallel.whole import fill
 from parallel.world import World
+from run.peak import peak_of
+from run.speed import utilization
 
 VOCAB, ROWS, LENGTH = 512, 16, 512
 MOE = MoESettings(num_experts=8, experts_per_token=2, expert_width=512)
@@ -79,7 +84,7 @@ def loss_of(model: Transformer, tokens_BT: torch.Tensor) -> torch.Tensor:
     return cross_entropy(hidden_BTD.flatten(0, 1), model.head_weight, tokens_BT.flatten(), None, 4096).weighted
 
 
-def measure(rounds: int) -> list[dict[str, float | str]]:
+def measure(rounds: int) -> list[dict[str, Any]]:
     """On rank 0; the others take part."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -101,10 +106,20 @@ def measure(rounds: int) -> list[dict[str, float | str]]:
                 seconds[name].append(time.perf_counter() - begin)
     dist.destroy_process_group()
     speed = {name: ROWS * LENGTH / statistics.median(times) for name, times in seconds.items()}
+    if rank:
+        return []
+    peak, flops = peak_of(torch.device("cpu"), torch.float32), flops_per_token(SETTINGS, VOCAB, LENGTH)
+    around = {**peak.facts, "routing": routing_in_words(MOE), "padding_share": 0.0}
     return [
-        {"way": name, "tokens_per_second": round(each), "ratio": round(each / speed["one rank"], 2)}
+        {
+            "way": name,
+            "tokens_per_second": round(each),
+            "ratio": round(each / speed["one rank"], 2),
+            "mfu": utilization(each, flops, peak.flops, 1 if name == "one rank" else size),
+            "flops_per_token": flops,
+            **around,
+        }
         for name, each in speed.items()
-        if rank == 0
     ]
 
 

@@ -1,7 +1,8 @@
 """A training step, on CPU or GPU, against transformers' Llama and Mixtral of the same shape in the same process.
 
 Width 256, 4 layers, 8 experts top-2, 8 x 512 tokens, AdamW, clipping. The rivals take turns, so that a change in the
-machine's load hits all of them; the ratio of the medians is the result.
+machine's load hits all of them; the ratio of the medians is the result. MFU counts the same model FLOPs for both
+(see docs/planning.md); rows are whole, without padding.
 """
 
 import argparse
@@ -20,9 +21,13 @@ from benchmarks.record import keep
 from context.rotary import DefaultRotary
 from model.initialize import initialize
 from model.loss import cross_entropy
+from model.size import flops_per_token
 from model.transformer import ModelSettings, build_model
 from moe.balance import balance_objective
 from moe.layer import MoESettings
+from moe.words import routing_in_words
+from run.peak import peak_of
+from run.speed import utilization
 
 WIDTH, LAYERS, HEADS, KV_HEADS, VOCAB, ROWS, LENGTH = 256, 4, 4, 2, 512, 8, 512
 DENSE_WIDTH, EXPERT_WIDTH, EXPERTS, PER_TOKEN = 1024, 512, 8, 2
@@ -31,16 +36,21 @@ Step = Callable[[], float]
 """One whole optimizer step; returns its loss, so that nobody can skip the work."""
 
 
-def ours(kind: str, tokens_BT: torch.Tensor, precision: torch.dtype) -> Step:
-    device = tokens_BT.device
-    moe = MoESettings(num_experts=EXPERTS, experts_per_token=PER_TOKEN, expert_width=EXPERT_WIDTH)
-    settings = ModelSettings(
+MOE = MoESettings(num_experts=EXPERTS, experts_per_token=PER_TOKEN, expert_width=EXPERT_WIDTH)
+
+
+def shape(kind: str) -> ModelSettings:
+    return ModelSettings(
         num_layers=LAYERS,
         width=WIDTH,
         feed_forward_width=DENSE_WIDTH if kind == "dense" else None,
         attention=AttentionSettings(num_heads=HEADS, num_kv_heads=KV_HEADS),
-        moe=moe if kind == "moe" else None,
+        moe=MOE if kind == "moe" else None,
     )
+
+
+def ours(kind: str, tokens_BT: torch.Tensor, precision: torch.dtype) -> Step:
+    device, settings = tokens_BT.device, shape(kind)
     model = build_model(settings, VOCAB)
     initialize(model, 0, device)
     model.use_rotary(DefaultRotary(base=10_000.0))
@@ -52,7 +62,7 @@ def ours(kind: str, tokens_BT: torch.Tensor, precision: torch.dtype) -> Step:
         hidden_BTD, stats = model(tokens_BT, None, mask)
         hidden_ND, labels_N, weights_N = hidden_BTD.flatten(0, 1), labels_BT.flatten(), weights_BT.flatten()
         sums = cross_entropy(hidden_ND, model.head_weight, labels_N, weights_N, 4096)
-        return sums.weighted / (ROWS * (LENGTH - 1)) + (balance_objective(stats, moe) if stats else 0.0)
+        return sums.weighted / (ROWS * (LENGTH - 1)) + (balance_objective(stats, MOE) if stats else 0.0)
 
     return stepper(model, loss, precision, device)
 
@@ -97,7 +107,7 @@ def stepper(model: nn.Module, loss: Callable[[], torch.Tensor], precision: torch
     return step
 
 
-def measure(kind: str, precision: torch.dtype, rounds: int, device: str) -> dict[str, float | str]:
+def measure(kind: str, precision: torch.dtype, rounds: int, device: str) -> dict[str, Any]:
     tokens_BT = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
     rivals = {"ours": ours(kind, tokens_BT, precision), "transformers": theirs(kind, tokens_BT, precision)}
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
@@ -108,6 +118,8 @@ def measure(kind: str, precision: torch.dtype, rounds: int, device: str) -> dict
             if turn > 0:  # the first turn fills caches
                 seconds[name].append(time.perf_counter() - begin)
     speed = {name: ROWS * LENGTH / statistics.median(times) for name, times in seconds.items()}
+    peak, flops = peak_of(torch.device(device), precision), flops_per_token(shape(kind), VOCAB, LENGTH)
+    mfu = {name: utilization(each, flops, peak.flops, 1) for name, each in speed.items()}
     return {
         "model": kind,
         "device": device,
@@ -116,6 +128,12 @@ def measure(kind: str, precision: torch.dtype, rounds: int, device: str) -> dict
         "ours_tokens_per_second": round(speed["ours"]),
         "transformers_tokens_per_second": round(speed["transformers"]),
         "ratio": round(speed["ours"] / speed["transformers"], 2),
+        "ours_mfu": mfu["ours"],
+        "transformers_mfu": mfu["transformers"],
+        "flops_per_token": flops,
+        **peak.facts,
+        "routing": routing_in_words(shape(kind).moe),
+        "padding_share": 0.0,
     }
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ PUBLISHED: dict[str, dict[torch.dtype, float]] = {
 }
 """Operations a second, by a part of the name that torch gives a GPU; the first that fits."""
 
-SECONDS = 0.1
+SECONDS = 0.2
 """How long a product is measured on a CPU."""
 QUICK = 2e-3
 """Seconds; what takes less is measured again at twice the size, for a small product does not show what a CPU can."""
@@ -48,7 +49,7 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> Peak:
     if device.type == "cpu":
         threads = torch.get_num_threads()
         what = f"measured, the best product in {shown} on {threads} thread{'s' * (threads > 1)}"
-        return Peak(float(f"{measured_product(dtype):.4g}"), what)
+        return Peak(float(f"{_measured_once(dtype, threads):.4g}"), what)
     return published(torch.cuda.get_device_name(device), dtype)
 
 
@@ -58,6 +59,12 @@ def published(name: str, dtype: torch.dtype) -> Peak:
         if part in name and dtype in flops:
             return Peak(flops[dtype], f"published, {part}, dense {str(dtype).removeprefix('torch.')}")
     return Peak(None, f"not known of {name}")
+
+
+@cache
+def _measured_once(dtype: torch.dtype, _threads: int) -> float:
+    """A process that runs one after another need not measure again."""
+    return measured_product(dtype)
 
 
 def measured_product(dtype: torch.dtype, seconds: float = SECONDS) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 
 from run.facts import RunFacts, Snapshot, read_run
 from run.files import write_whole
-from run.metrics import clock, short
+from run.metrics import Row, clock, short
+from run.speed import beside
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
@@ -140,12 +141,20 @@ def _speed_cards(facts: RunFacts) -> Iterable[Card]:
         by_stage.setdefault(row.get("sequence_length", 0), []).append(row["tokens_per_second"])
     notes = [f"{short(statistics.median(speeds))} at length {length}" for length, speeds in by_stage.items() if length]
     speed = statistics.median(row["tokens_per_second"] for row in rows)
-    yield Card("tokens per second", short(speed), note=", ".join(notes))
+    routing = str(facts.environment.get("routing") or "")
+    around = beside(_median(rows, "mfu"), routing, _median(rows, "padding_share"))
+    yield Card("tokens per second", short(speed), note="; ".join(filter(None, (around, ", ".join(notes)))))
     note = f"{short(facts.tokens)} tokens, evaluations and pauses not counted"
     yield Card("training time", clock(facts.training_seconds()), note=note)
     peak = max((row.get("peak_memory_bytes") or 0 for row in rows), default=0)
     if peak:
         yield Card("peak memory", f"{peak / 2**30:.2f} GiB", note=str(facts.environment.get("device", "")))
+
+
+def _median(rows: Sequence[Row], key: str) -> float | None:
+    """Of the rows that have a number there; rows of older versions have none."""
+    numbers = [row[key] for row in rows if row.get(key) is not None]
+    return statistics.median(numbers) if numbers else None
 
 
 def _size_cards(facts: RunFacts) -> Iterable[Card]:

@@ -8,10 +8,11 @@ from evals.grid import Grid, make_grid
 from evals.scoring import Cell
 from run.facts import RunFacts
 from run.figures import Panel, encode, expert_load
-from run.metrics import Row
+from run.metrics import Row, short
 from run.page import Picture, ReportSection, drawn, lines
 from run.sections_context import boundaries, distances, gates
 from run.sections_reach import positions, reach
+from run.speed import FORMULA
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,6 +40,7 @@ FROM_ZERO = (
     "router_z_loss",
     "dropped_share",
     "tokens_per_second",
+    "mfu",
 )
 
 
@@ -142,11 +144,26 @@ def pace(facts: RunFacts) -> Iterable[ReportSection]:
         "learning_rate": "learning rate",
         "gradient_norm": "gradient norm before clipping",
         "tokens_per_second": "tokens per second",
+        "mfu": "MFU",
     }
     content = _curves(facts, titles)
     if content:
-        text = "What the optimizer was told, what it met, and how fast it went."
-        yield ReportSection("Schedule and speed", text, [lines("schedule and speed", content, facts, 3)])
+        text = f"What the optimizer was told, what it met, and how fast it went. {_worth(facts)}"
+        pictures = [
+            lines("schedule and speed", part, facts, len(part))
+            for part in _in_rows(content, 2 if len(content) > 3 else 3)
+        ]
+        yield ReportSection("Schedule and speed", text.strip(), pictures)
+
+
+def _worth(facts: RunFacts) -> str:
+    """What stands behind the speed: how MFU is counted, against which peak, and how the model routes."""
+    around = facts.environment
+    told = [f"{FORMULA} Padding is the share of places in the rows where no token of the data stands."]
+    if around.get("peak_flops"):
+        told.append(f"Peak: {short(around['peak_flops'])} FLOP/s a rank ({around.get('peak_source') or 'no source'}).")
+    told += [f"Routing: {around['routing']}."] if around.get("routing") else []
+    return " ".join(told) if facts.column("mfu")[0] else ""
 
 
 def _curves(facts: RunFacts, titles: Mapping[str, str]) -> list[Panel]:

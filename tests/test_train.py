@@ -35,7 +35,7 @@ def rows(folder: Path | str, name: str = "metrics.jsonl") -> list[dict[str, Any]
 
 def numbers(folder: Path | str) -> list[tuple[float, ...]]:
     """What must not change by a single bit when a run is broken off and continued."""
-    keys = ("step", "tokens", "stage", "loss", "gradient_norm", "learning_rate", "max_violation")
+    keys = ("step", "tokens", "stage", "loss", "gradient_norm", "learning_rate", "max_violation", "flops_per_token")
     return [tuple(row[key] for key in keys) for row in rows(folder)]
 
 
@@ -84,6 +84,7 @@ def test_a_broken_run_continues_bit_for_bit(here: Path, monkeypatch: pytest.Monk
             train.main(tiny("name=broken"))
     train.main(tiny("name=broken"))
     assert numbers("broken") == numbers("whole")
+    assert {tuple(row) for row in rows("broken")} == {tuple(row) for row in rows("whole")}, "keys, in their order"
     assert scores("broken") == scores("whole")
     (_, _, ours), (_, _, theirs) = read_checkpoint("runs/broken"), read_checkpoint("runs/whole")
     assert ours.keys() == theirs.keys()

@@ -61,10 +61,10 @@ def assert_same_numbers(ours: str, theirs: str) -> None:
     one, two = rows(theirs), rows(ours)
     assert [row["step"] for row in two] == [row["step"] for row in one]
     for expected, row in zip(one, two, strict=True):
-        for key in ("loss", "balance_loss", "router_z_loss", "router_entropy"):
+        for key in ("loss", "balance_loss", "router_z_loss", "router_entropy", "flops_per_token"):
             assert row[key] == pytest.approx(expected[key], rel=1e-5), key
         assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
-        for key in ("max_violation", "dead_experts", "documents"):
+        for key in ("max_violation", "dead_experts", "documents", "padding_share"):
             assert row[key] == pytest.approx(expected[key], abs=1e-6), key
 
 

@@ -55,10 +55,10 @@ def rows(name: str) -> list[dict[str, Any]]:
 def assert_same_numbers(ours: str, theirs: str, tolerance: float = 1e-5) -> None:
     assert [row["step"] for row in rows(ours)] == [row["step"] for row in rows(theirs)]
     for row, expected in zip(rows(ours), rows(theirs), strict=True):
-        for key in ("loss", "balance_loss", "router_z_loss", "router_entropy", "bits_per_byte"):
+        for key in ("loss", "balance_loss", "router_z_loss", "router_entropy", "bits_per_byte", "flops_per_token"):
             assert row[key] == pytest.approx(expected[key], rel=tolerance), (key, row["step"])
         assert row["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=10 * tolerance)
-        for key in ("max_violation", "dead_experts", "documents", "learning_rate"):
+        for key in ("max_violation", "dead_experts", "documents", "learning_rate", "padding_share"):
             assert row[key] == pytest.approx(expected[key], abs=1e-6), (key, row["step"])
         assert row["distances"] == expected["distances"] and row["distances"][0] > 0, row["step"]
 
