@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from comparison.arms import ArmsSettings, Entry, expand, read_arms
+from comparison.arms import ArmsSettings, Entry, expand, matched_lines, read_arms
 from comparison.launch import check_runs, train_all
 from comparison.page import show, write_page
 from comparison.results import compare
@@ -29,12 +29,14 @@ def main(arguments: argparse.Namespace) -> None:
     name = arguments.name or arguments.config.stem + ("-small" if arguments.small else "")
     entries = expand(settings, arguments.config, name)
     if not arguments.report:
-        check_runs(entries)
+        check_runs(entries, settings.places)
+    for line in matched_lines(entries):
+        print(line)
     if arguments.show:
         for line in plan(settings, entries):
             print(line)
         return
-    failed = [] if arguments.report else train_all(entries, RUNS / name, settings.jobs, partial(print, flush=True))
+    failed = [] if arguments.report else train_all(entries, RUNS / name, settings.places, partial(print, flush=True))
     comparison = compare(settings, entries)
     show(comparison)
     print(f"report: {write_page(comparison, RUNS / name, to_toml(settings))}")
@@ -50,7 +52,7 @@ def plan(settings: ArmsSettings, entries: Sequence[Entry]) -> Iterator[str]:
         state = "finished" if entry.is_finished else f"{entry.config.total_tokens - begin:,} tokens"
         yield f"{entry.config.name:<40} {state:>18}, ends at length {stage.sequence_length:,} under {stage.rotary.kind}"
     left = sum(not entry.is_finished for entry in entries)
-    yield f"{len(entries)} runs, {left} of them to train, {settings.jobs} at a time"
+    yield f"{len(entries)} runs, {left} of them to train, {len(settings.places)} at a time"
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

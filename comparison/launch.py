@@ -9,7 +9,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from comparison.arms import Entry
+from comparison.live import Live
+from comparison.matched import keep
 from data.batches import Batches
 from evals.scoring import Materials
 from evals.suite import check_suite
@@ -35,14 +39,20 @@ class Started:
     process: subprocess.Popen[bytes]
     log: Path
     since: float
+    place: str | None
+    """The device that it was given."""
 
 
-def check_runs(entries: Sequence[Entry]) -> None:
-    """Prepare the data of all that are not finished, and refuse, by its name, the first that could not be trained."""
+def check_runs(entries: Sequence[Entry], places: Sequence[str | None] = ()) -> None:
+    """Prepare the data of all that are not finished, and refuse, by its name, the first that could not be trained.
+
+    places: the devices that were named for them.
+    """
+    check_places(places)
     opened: dict[str, Batches] = {}
     for config in (entry.config for entry in entries if not entry.is_finished):
         try:
-            device = choose_device(config.device)
+            device = choose_device(config.device if not any(places) else "auto")
             build_mesh(config.parallel, config.all_row_ranks, World(), device)
             data = to_toml(config.data)
             batches = opened[data] = opened.get(data) or Batches(config.data, seed=config.seed)
@@ -54,39 +64,46 @@ def check_runs(entries: Sequence[Entry]) -> None:
             raise Refusal(f"{config.name}: {refusal}") from None
 
 
-def train_all(entries: Sequence[Entry], folder: Path, jobs: int, say: Callable[[str], None]) -> list[str]:
-    """Train those that are not finished, `jobs` at a time, none before the run it branches from is finished.
+def train_all(
+    entries: Sequence[Entry], folder: Path, places: int | Sequence[str | None], say: Callable[[str], None]
+) -> list[str]:
+    """Train those that are not finished, one at each place at a time, none before the run it branches from is finished.
 
-    folder: where each leaves its configuration, as `python train.py` takes it, and what it printed. Returns a line for
-    each that failed, with its last words, and for those that wait for it; after that, as after Ctrl-C, the same call
-    goes on.
+    folder: where each leaves its configuration, as `python train.py` takes it, and what it printed; places: how many
+    at a time, or the device of each. Returns a line for each that failed, with its last words, and for those that wait
+    for it; after that, as after Ctrl-C, the same call goes on.
     """
-    waiting = [entry for entry in entries if not entry.is_finished]
+    free: list[str | None] = [None] * places if isinstance(places, int) else list(places)
+    waiting, jobs = [entry for entry in entries if not entry.is_finished], len(free)
     total, running, failed = len(waiting), list[Started](), list[Started]()
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        while True:
-            ready = [entry for entry in waiting if _may_start(entry, entries)]
-            for entry in ready[: jobs - len(running)]:
-                waiting.remove(entry)
-                running.append(_start(entry, folder, jobs))
-            if not running:
-                break
-            time.sleep(PAUSE)
-            for started in [each for each in running if each.process.poll() is not None]:
-                running.remove(started)
-                status, how = started.process.returncode, "trained"
-                if not started.entry.is_finished:
-                    failed.append(started)
-                    how = "failed"
-                elif status:  # all is there: its gate was not met, or its report could not be drawn
-                    how = f"trained, ended with status {status} ({started.log})"
-                number, seconds = total - len(waiting) - len(running), time.monotonic() - started.since
-                say(f"[{number}/{total}] {started.entry.config.name}: {how} in {seconds:.0f} s")
-    finally:
-        # Ctrl-C has reached them as well: they save where they are.
-        for started in running:
-            started.process.wait()
+    keep({f"{entry.base}/{entry.arm}": entry.found for entry in entries if entry.found}, folder)
+    with Live(entries, jobs, say) as live:
+        try:
+            while True:
+                ready = [entry for entry in waiting if _may_start(entry, entries)]
+                for entry in ready[: len(free)]:
+                    waiting.remove(entry)
+                    running.append(_start(entry, folder, jobs, free.pop(0)))
+                if not running:
+                    break
+                time.sleep(PAUSE)
+                for started in [each for each in running if each.process.poll() is not None]:
+                    running.remove(started)
+                    free.append(started.place)
+                    status, how = started.process.returncode, "trained"
+                    if not started.entry.is_finished:
+                        failed.append(started)
+                        how = "failed"
+                    elif status:  # all is there: its gate was not met, or its report could not be drawn
+                        how = f"trained, ended with status {status} ({started.log})"
+                    number, seconds = total - len(waiting) - len(running), time.monotonic() - started.since
+                    live.say(f"[{number}/{total}] {started.entry.config.name}: {how} in {seconds:.0f} s")
+                live.update(*({each.entry.config.name for each in group} for group in (running, failed)))
+        finally:
+            # Ctrl-C has reached them as well: they save where they are.
+            for started in running:
+                started.process.wait()
     return [_last_words(started) for started in failed] + [
         f"{entry.config.name}: waits for the run that it branches from" for entry in waiting
     ]
@@ -103,13 +120,36 @@ def _may_start(entry: Entry, entries: Sequence[Entry]) -> bool:
     return entry.arm is None or all(origin.is_finished for origin in same)
 
 
-def _start(entry: Entry, folder: Path, jobs: int) -> Started:
+def _start(entry: Entry, folder: Path, jobs: int, place: str | None) -> Started:
     name = entry.config.name
     config, log = folder / f"{name}.toml", folder / f"{name}.log"
     config.write_text(to_toml(entry.config), encoding="utf-8")
     words = [sys.executable, str(TRAIN), str(config)]
     if entry.config.threads is None:
         words.append(f"threads={max(1, (os.cpu_count() or 1) // jobs)}")
+    words += [] if place is None else [f"device={place.partition(':')[0]}"]
     with log.open("wb") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
-    return Started(entry, process, log, time.monotonic())
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=around(place))
+    return Started(entry, process, log, time.monotonic(), place)
+
+
+def around(place: str | None) -> dict[str, str] | None:
+    """The environment of a run on one device; None: that of this process.
+
+    A GPU is shown to it alone, by its number among those that this process sees.
+    """
+    if place is None or not place.startswith("cuda:"):
+        return None
+    number, seen = int(place.removeprefix("cuda:")), os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen is not None else None
+    shown = str(number) if names is None else names[number] if number < len(names) else "-1"
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": shown}
+
+
+def check_places(places: Sequence[str | None]) -> None:
+    """Raises Refusal for a GPU that torch does not find."""
+    count = torch.cuda.device_count() if any(place and place != "cpu" for place in places) else 0
+    for place in places:
+        if place and place != "cpu" and int(place.removeprefix("cuda:")) >= count:
+            here = f"{count} GPU{'s' * (count != 1)}, cuda:0 and up" if count else "no NVIDIA GPU"
+            raise Refusal(f"devices: {place!r}: torch finds {here} here; name others, or leave devices out")

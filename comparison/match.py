@@ -1,24 +1,26 @@
-"""Arms made as large as one of them: by active parameters, operations, all parameters, or the time of a step.
+"""Arms made as large as one of them: by active parameters, operations, all parameters, or the time of training.
 
 One number of the model is moved, in steps that kernels like, until the measure is as near as it comes. All four
 measures grow with each of these numbers, so that a search by halves finds the nearest.
 """
 
-import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, Self
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal, Self
 
+import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
-from data.tokenizer import build_tokenizer
-from model.size import count
+from comparison.resize import LARGEST, Vary, least, number_of, numbers_of, resized, unit_of
+from data.tokenizer import AnyTokenizerSettings, build_tokenizer
+from model.size import count, multiplied_weights
 from planning.device import Device
-from planning.forecast import forecasts, whole_rows
+from planning.forecast import Forecast, attention_of_stage, forecasts, whole_rows
 from run.config import RunConfig
 from run.metrics import short
-from settings import Refusal, Section, to_toml, validate
+from settings import Refusal, Section
 
 Measure = Literal["active", "flops", "total", "seconds"]
 MEASURES: Mapping[Measure, str] = {
@@ -27,8 +29,10 @@ MEASURES: Mapping[Measure, str] = {
     "total": "parameters",
     "seconds": "seconds of training, as planned",
 }
-Vary = Literal["inner", "width", "depth", "experts"]
-LARGEST = {"inner": 1 << 17, "width": 1 << 15, "depth": 512, "experts": 4096}
+REACH = 2.0
+"""How many times larger or smaller the next size that is timed may be."""
+Pace = tuple[float, ...]
+"""For each stage, a step's measured time over the planned one; empty: the plan is taken at its word."""
 
 
 class MatchSettings(Section):
@@ -38,10 +42,13 @@ class MatchSettings(Section):
     """The arm that keeps its size."""
     by: Measure = "active"
     """What is made alike: parameters that a token meets (embedding and head among them, as model cards count),
-    operations of the whole run, all parameters, or the planned time of the run on its device."""
-    vary: Vary = "inner"
+    operations of the whole run, all parameters, or the time of training, for which a few steps of each arm are timed
+    on the device that is here."""
+    vary: Vary | dict[str, Vary] = "inner"
     """What is changed for it: the width inside experts and dense feed-forward layers, the model's width (with what is
-    inside, in proportion), its layers, or how many experts there are."""
+    inside, in proportion), its layers, or how many experts there are. A table says it by arm."""
+    arms: tuple[str, ...] = ()
+    """Those that are made alike; left out, all others."""
     multiple_of: PositiveInt = 8
     """Of widths: what they have to be a multiple of."""
     tolerance: float = Field(default=0.02, gt=0, lt=1)
@@ -49,13 +56,17 @@ class MatchSettings(Section):
 
     @model_validator(mode="after")
     def _grows_with_it(self) -> Self:
-        if self.vary == "experts" and self.by != "total":
+        varied = self.vary.values() if isinstance(self.vary, dict) else (self.vary,)
+        if "experts" in varied and self.by != "total":
             raise ValueError(f"vary='experts' hardly moves by={self.by!r}; vary 'inner', or set by='total'")
         return self
 
+    def varied(self, arm: str) -> Vary:
+        """What is changed of an arm."""
+        return self.vary.get(arm, "inner") if isinstance(self.vary, dict) else self.vary
 
-@dataclass(frozen=True)
-class Measures:
+
+class Measures(Section):
     """What a run is and takes, by arithmetic."""
 
     active: float
@@ -67,12 +78,41 @@ class Measures:
         return float(getattr(self, name))
 
 
-def measure(config: RunConfig, device: Device) -> Measures:
+def measure(config: RunConfig, device: Device, pace: Pace = ()) -> Measures:
     """Raises Refusal where the run could not be planned."""
-    vocab_size = build_tokenizer(config.data.tokenizer).vocab_size
-    size = count(config.model, vocab_size)
-    told = list(forecasts(config, vocab_size, 1, device, whole_rows))
-    return Measures(size.active, sum(each.flops for each in told), size.total, sum(each.seconds for each in told))
+    size = count(config.model, vocab_size_of(config))
+    seconds = planned_seconds(config, device, pace)
+    return Measures(active=size.active, flops=flops_of(config), total=size.total, seconds=seconds)
+
+
+def flops_of(config: RunConfig) -> float:
+    """The model's operations over the whole run, forward and backward, each row taken for one document."""
+    weights = multiplied_weights(config.model, vocab_size_of(config))
+    return sum(
+        stage.num_tokens * (6 * weights + attention_of_stage(config, stage, tuple(whole_rows(stage))))
+        for stage in config.stages
+    )
+
+
+def planned_seconds(config: RunConfig, device: Device, pace: Pace = ()) -> float:
+    """Of all steps, as planned for one rank, each stage at its pace."""
+    seconds = stage_seconds(config, device)
+    return sum(each * times for each, times in zip(seconds, pace or (1.0,) * len(seconds), strict=True))
+
+
+def stage_seconds(config: RunConfig, device: Device) -> list[float]:
+    """Of each stage, as planned."""
+    told: Iterator[Forecast] = forecasts(config, vocab_size_of(config), 1, device, whole_rows)
+    return [each.seconds for each in told]
+
+
+def vocab_size_of(config: RunConfig) -> int:
+    return _vocab_size(config.data.tokenizer)
+
+
+@lru_cache
+def _vocab_size(settings: AnyTokenizerSettings) -> int:
+    return build_tokenizer(settings).vocab_size
 
 
 @dataclass(frozen=True)
@@ -80,19 +120,28 @@ class Matched:
     """One arm's run, as large as was asked."""
 
     config: RunConfig
+    to: str
+    by: Measure
     changed: Mapping[str, tuple[int, int]]
     """Keys of the model: what they were, and are."""
     measures: Measures
+    other: Measures
+    """Of the arm that kept its size."""
+    notes: tuple[str, ...] = ()
+    """How it was found, where it was not by arithmetic alone."""
 
-    def lines(self, name: str, other: Measures, by: Measure) -> Iterator[str]:
+    def lines(self, name: str) -> Iterator[str]:
         """What was matched, how nearly, and what is left unlike."""
         moved = ", ".join(f"{key}: {old} -> {new}" for key, (old, new) in self.changed.items() if old != new)
-        yield f"{name}: {moved or 'as it was'}"
+        yield f"{name}, beside {self.to}: {moved or 'as it was'}"
         for measure_name in MEASURES:
-            ours, theirs = self.measures.of(measure_name), other.of(measure_name)
-            mark = "matched" if measure_name == by else "       "
+            ours, theirs = self.measures.of(measure_name), self.other.of(measure_name)
+            mark = "matched  " if measure_name == self.by else "unmatched"
+            if measure_name != self.by and abs(ours / theirs - 1) < 5e-4:
+                mark = "alike    "
             told = f"{short(ours):>8} to {short(theirs):>8}  {ours / theirs - 1:+.1%}"
             yield f"  {mark} {MEASURES[measure_name]:<45} {told}"
+        yield from (f"  {note}" for note in self.notes)
 
 
 def match(config: RunConfig, other: RunConfig, settings: MatchSettings, device: Device, where: str) -> Matched:
@@ -100,26 +149,116 @@ def match(config: RunConfig, other: RunConfig, settings: MatchSettings, device: 
 
     where: what the arm is called, in messages.
     """
-    target = measure(other, device).of(settings.by)
-    at = partial(_resized, config, settings.vary, where)
-    unit = settings.multiple_of if settings.vary in ("inner", "width") else 1
+    search = Search(config, settings, device, where)
+    measures = measure(other, device)
+    found = search.nearest(measures.of(settings.by))
+    search.check(found, measures.of(settings.by))
+    return search.matched(found, measures)
 
-    def value_of(number: int) -> float:
-        return measure(at(number * unit), device).of(settings.by)
 
-    number = _nearest(value_of, target, _least(config, settings.vary, unit), LARGEST[settings.vary] // unit)
-    found = at(number * unit)
-    measures = measure(found, device)
-    off = measures.of(settings.by) / target - 1
-    if abs(off) > settings.tolerance:
-        others = " or ".join(repr(each) for each in LARGEST if each != settings.vary)
-        raise Refusal(
-            f"{where}: with {settings.vary} {number * unit}, the nearest, its {MEASURES[settings.by]} are {off:+.1%}"
-            f" off those of {settings.to!r}; set match.tolerance={abs(off) * 1.01:.3f}, a smaller match.multiple_of, or"
-            f" vary {others} instead"
-        )
-    before, after = _numbers(config), _numbers(found)
-    return Matched(found, {key: (before[key], after[key]) for key in after}, measures)
+@dataclass(frozen=True)
+class Search:
+    """Looks for the size of one arm."""
+
+    config: RunConfig
+    settings: MatchSettings
+    device: Device
+    where: str
+    pace: Callable[[RunConfig], Pace] = lambda _: ()
+
+    @property
+    def vary(self) -> Vary:
+        return self.settings.varied(self.where)
+
+    def value_of(self, config: RunConfig) -> float:
+        """The one measure alone: time takes longest to plan."""
+        by = self.settings.by
+        if by == "seconds":
+            return planned_seconds(config, self.device, self.pace(config))
+        if by == "flops":
+            return flops_of(config)
+        size = count(config.model, vocab_size_of(config))
+        return size.active if by == "active" else size.total
+
+    def nearest(self, target: float, within: tuple[float, float] = (0, math.inf)) -> RunConfig:
+        """The run whose measure is nearest, of numbers within these."""
+        config, vary = self.config, self.vary
+        unit = unit_of(config, vary, self.settings.multiple_of)
+        low = max(least(config, vary, unit), math.ceil(within[0] / unit))
+        high = max(low, min(LARGEST[vary], within[1]) // unit)
+
+        def at(number: int) -> RunConfig:
+            return resized(config, vary, number * unit, self.where)
+
+        return at(_nearest(lambda number: self.value_of(at(number)), target, low, int(high)))
+
+    def check(self, found: RunConfig, target: float) -> None:
+        """Raises Refusal where it is farther off than it may be."""
+        off = self.value_of(found) / target - 1
+        if abs(off) > self.settings.tolerance:
+            others = " or ".join(repr(each) for each in LARGEST if each != self.vary)
+            raise Refusal(
+                f"{self.where}: with {self.vary} {number_of(found, self.vary)}, the nearest, its "
+                f"{MEASURES[self.settings.by]} are {off:+.1%} off those of {self.settings.to!r}; set "
+                f"match.tolerance={abs(off) * 1.01:.3f}, a smaller match.multiple_of, or vary {others} instead"
+            )
+
+    def matched(self, found: RunConfig, other: Measures) -> Matched:
+        before, after = numbers_of(self.config), numbers_of(found)
+        changed = {key: (before[key], after[key]) for key in after}
+        measures = measure(found, self.device, self.pace(found))
+        return Matched(found, self.settings.to, self.settings.by, changed, measures, other)
+
+
+def timed_match(  # noqa: PLR0917 (as match, and the clock)
+    config: RunConfig,
+    other: RunConfig,
+    settings: MatchSettings,
+    device: Device,
+    where: str,
+    time_steps: Callable[[RunConfig], Sequence[float]],
+    rounds: int = 4,
+) -> Matched:
+    """As `match`, by plans held against timed steps: each size that is found is timed, and mends what the plan says.
+
+    time_steps: a step's seconds in each stage. Ends with a size that was timed within the tolerance, or after so many.
+    """
+    there, vary = time_steps(other), settings.varied(where)
+    measures = measure(other, device, _pace(other, device, there))
+    paces = {number_of(config, vary): _pace(config, device, time_steps(config))}
+    search = Search(config, settings, device, where, lambda run: _pace_at(number_of(run, vary), paces))
+    found, off, turn = config, math.inf, 0
+    while abs(off) > settings.tolerance and turn < rounds:
+        turn, last = turn + 1, number_of(found, vary)
+        # The plan may be far from the truth far from what was timed.
+        found = search.nearest(measures.seconds, (last / REACH, last * REACH))
+        again = time_steps(found)
+        paces[number_of(found, vary)] = _pace(found, device, again)
+        off = search.value_of(found) / measures.seconds - 1
+    is_near = abs(off) <= settings.tolerance
+    notes = (
+        f"seconds are measured: median steps of {_told(there)} ({settings.to}) and {_told(again)} ({where}), by stage",
+        f"timed again at the size that was found, in round {turn}: {off:+.1%} off"
+        + ("" if is_near else f", beyond match.tolerance={settings.tolerance:g}"),
+    )
+    return replace(search.matched(found, measures), notes=notes)
+
+
+def _pace(config: RunConfig, device: Device, steps: Sequence[float]) -> Pace:
+    planned = stage_seconds(config, device)
+    return tuple(step * stage.num_steps / each for step, each, stage in zip(steps, planned, config.stages, strict=True))
+
+
+def _pace_at(number: int, paces: Mapping[int, Pace]) -> Pace:
+    """Between numbers that were timed in proportion, beyond them that of the last."""
+    known = sorted(paces)
+    return tuple(
+        float(np.interp(number, known, [paces[each][stage] for each in known])) for stage in range(len(paces[known[0]]))
+    )
+
+
+def _told(steps: Sequence[float]) -> str:
+    return ", ".join(f"{step * 1000:.3g} ms" for step in steps)
 
 
 def _nearest(value_of: Callable[[int], float], target: float, low: int, high: int) -> int:
@@ -134,56 +273,3 @@ def _nearest(value_of: Callable[[int], float], target: float, low: int, high: in
         middle = (low + high) // 2
         low, high = (middle, high) if value_of(middle) < target else (low, middle)
     return min((low, high), key=lambda number: abs(value_of(number) - target))
-
-
-def _least(config: RunConfig, vary: Vary, unit: int) -> int:
-    moe = config.model.moe
-    if vary == "experts":
-        if moe is None or config.model.num_dense_layers == config.model.num_layers:
-            raise Refusal("match.vary='experts': this arm has no experts; vary 'inner', 'width' or 'depth'")
-        return moe.experts_per_token
-    return max(config.model.num_dense_layers, 1) if vary == "depth" else 1
-
-
-def _numbers(config: RunConfig) -> dict[str, int]:
-    """The keys that may be moved."""
-    model, found = config.model, {"model.width": config.model.width, "model.num_layers": config.model.num_layers}
-    if model.feed_forward_width is not None:
-        found["model.feed_forward_width"] = model.feed_forward_width
-    if model.moe is not None:
-        found |= {"model.moe.expert_width": model.moe.expert_width, "model.moe.num_experts": model.moe.num_experts}
-    return found
-
-
-def _resized(config: RunConfig, vary: Vary, where: str, value: int) -> RunConfig:
-    """The run with one number of its model set; of `inner` and `width`, those that go with it in proportion."""
-    model = config.model
-    table: dict[str, Any] = tomllib.loads(to_toml(config))
-    own = table["model"]
-    inner = _inner(config)
-    scale = value / (model.width if vary == "width" else inner)
-    if vary == "depth":
-        own["num_layers"] = value
-        if model.num_dense_layers == model.num_layers:
-            own["num_dense_layers"] = value
-    elif vary == "experts":
-        own["moe"] = {**own["moe"], "num_experts": value}
-    else:
-        if vary == "width":
-            own["width"] = value
-        if model.feed_forward_width is not None:
-            own["feed_forward_width"] = max(1, round(model.feed_forward_width * scale))
-        if model.moe is not None:
-            own["moe"] = {**own["moe"], "expert_width": max(1, round(model.moe.expert_width * scale))}
-    return validate(table, RunConfig, where)
-
-
-def _inner(config: RunConfig) -> int:
-    """The width inside that a token meets in most layers."""
-    model = config.model
-    is_dense = model.moe is None or model.num_dense_layers == model.num_layers
-    if is_dense:
-        assert model.feed_forward_width is not None, "a dense model has one"
-        return model.feed_forward_width
-    assert model.moe is not None
-    return model.moe.expert_width

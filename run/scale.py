@@ -64,7 +64,7 @@ def scaled(table: Table, where: str) -> Table:
     shrunk: Any = {key: value for key, value in table.items() if key != "scale"}
     for paths, divide in ((LENGTHS, exactly), (COUNTS, upwards), (RATES, truediv)):
         for path in paths:
-            shrunk = _at(shrunk, path.split("."), partial(_told, divide, scale, where))
+            shrunk = changed_at(shrunk, path.split("."), partial(_told, divide, scale, where))
     return dict(shrunk)
 
 
@@ -89,7 +89,7 @@ def _told(divide: Callable[[Any, int], Any], scale: int, where: str, value: Any,
         raise Refusal(f"{where}: {key}={value} {error}") from None
 
 
-def _at(place: Any, path: list[str], change: Callable[[Any, str], Any], key: str = "") -> Any:
+def changed_at(place: Any, path: list[str], change: Callable[[Any, str], Any], key: str = "") -> Any:
     """A copy of `place` in which the numbers that `path` leads to are changed; `*` stands for every key or item."""
     if not path:
         # What is no number is left for the schema to refuse by name.
@@ -98,7 +98,7 @@ def _at(place: Any, path: list[str], change: Callable[[Any, str], Any], key: str
         return place
     copy, items = (dict(place), dict(place)) if isinstance(place, dict) else (list(place), dict(enumerate(place)))
     for name in _names(items, path[0]):
-        copy[name] = _at(items[name], path[1:], change, f"{key}.{name}" if key else str(name))
+        copy[name] = changed_at(items[name], path[1:], change, f"{key}.{name}" if key else str(name))
     return copy
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from comparison.arms import Entry, expand, laid_over, read_arms, with_keys
+from comparison.arms import Entry, expand, read_arms
+from comparison.overlay import laid_over, with_keys
 from run.config import load_config
 from settings import Refusal, to_toml
 

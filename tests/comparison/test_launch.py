@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from comparison import launch
 from comparison.arms import Entry, expand, read_arms
 from comparison.launch import train_all
-from run import launch
 from tests.comparison.test_arms import ARMS, BASE
 
 TRAINER = """

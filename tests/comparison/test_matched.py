@@ -1,0 +1,175 @@
+"""Arms of a file made as large as one of them: once for all seeds, the same when a comparison goes on, or refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import compare
+from comparison import launch, matched
+from comparison.arms import Entry, expand, matched_lines, read_arms
+from comparison.match import MatchSettings, match, measure, timed_match
+from comparison.matched import FILE
+from planning.device import published
+from settings import Refusal
+from tests.comparison.test_launch import TRAINER
+from tests.words import write_words
+
+BASE = """
+total_tokens = 1024
+tokens_per_step = 64
+model.num_layers = 2
+model.width = 16
+model.num_dense_layers = 2
+model.feed_forward_width = 64
+model.attention = { num_heads = 2, num_kv_heads = 2 }
+model.moe = { num_experts = 4, experts_per_token = 2, expert_width = 8 }
+data.sources.words = { kind = "text", path = "words.txt" }
+optimizer = { kind = "adamw", learning_rate = 1e-3 }
+
+[[context.stages]]
+until_tokens = 1024
+sequence_length = 16
+rotary = { kind = "default", base = 1e4 }
+"""
+ARMS = """
+seeds = [3, 5]
+bases.a = "a.toml"
+[arms.dense]
+[arms.moe]
+model.num_dense_layers = 0
+[match]
+to = "dense"
+multiple_of = 1
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A comparison of two arms; the device is a published one, so that nothing is measured."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(matched, "device_for", lambda config: published("h100"))
+    write_words(tmp_path)
+    (tmp_path / "a.toml").write_text(BASE)
+    (tmp_path / "arms.toml").write_text(ARMS)
+    (tmp_path / "trainer.py").write_text(TRAINER.replace("time.sleep(0.2)", ""))
+    monkeypatch.setattr(launch, "TRAIN", tmp_path / "trainer.py")
+    monkeypatch.setattr(launch, "PAUSE", 0.01)
+    return tmp_path / "arms.toml"
+
+
+def runs(path: Path, *overrides: str) -> dict[str, Entry]:
+    return {entry.config.name: entry for entry in expand(read_arms(path, overrides), path, "t")}
+
+
+def test_every_seed_has_the_size_that_was_found_for_the_first(path: Path) -> None:
+    """By hand: two experts of 31 and a router of 4 rows of 16 are 3040, a layer of 64 is 3072."""
+    found = runs(path)
+    widths = [entry.config.model.moe.expert_width for entry in found.values() if entry.matched]  # type: ignore[union-attr]
+    assert widths == [31, 31] and [entry.matched is None for entry in found.values()] == [True, False] * 2
+    assert [entry.config.seed for entry in found.values()] == [3, 3, 5, 5]
+    assert found["t.a.3.dense"].config.model.feed_forward_width == 64
+    told = list(matched_lines(list(found.values())))
+    assert told[0] == "a, moe, beside dense: model.moe.expert_width: 8 -> 31"
+    assert told[1].startswith("  matched   parameters that a token meets") and told[2].startswith(
+        "  unmatched operations"
+    )
+    assert told[-1] == (
+        "  moe and dense: the same data in the same order, 1,024 tokens in 16 steps, stages, schedule and evaluations"
+    )
+
+
+def test_what_is_left_unlike_besides_the_size_is_told(path: Path) -> None:
+    path.write_text(ARMS.replace("[match]", "optimizer.learning_rate = 2e-3\ntokens_per_step = 128\n[match]"))
+    told = list(matched_lines(list(runs(path).values())))
+    assert "unmatched besides size: tokens_per_step: 64 -> 128; optimizer.learning_rate: 0.001 -> 0.002" in told[-2]
+    assert told[-1].strip() == "the same: tokens, stages, schedule, evaluations"
+
+
+def test_arms_have_ways_of_their_own(path: Path) -> None:
+    path.write_text(
+        ARMS.replace(
+            "[match]", "[arms.wide]\nmodel.num_layers = 3\nmodel.num_dense_layers = 3\n[match]\nvary.wide = 'width'"
+        )
+    )
+    found = runs(path, "match.tolerance=0.3")
+    dense, wide = found["t.a.3.dense"].config.model, found["t.a.3.wide"].config.model
+    assert (wide.num_layers, dense.num_layers) == (3, 2) and wide.width != 16
+    assert wide.width % 4 == 0, "two heads of an even number of channels"
+    left = runs(path, "match.tolerance=0.3", "match.arms=['wide']")
+    assert left["t.a.3.moe"].matched is None and left["t.a.3.moe"].config.model.moe.expert_width == 8  # type: ignore[union-attr]
+
+
+def test_a_comparison_goes_on_with_the_sizes_that_it_began_with(path: Path, capsys: pytest.CaptureFixture) -> None:
+    def call(*words: object) -> None:
+        compare.main(compare.parse_arguments([str(word) for word in (path, "--name=t", *words)]))
+
+    call("--show")
+    assert "a, moe, beside dense" in capsys.readouterr().out and not Path("runs").exists()
+    call()
+    kept = Path("runs/t") / FILE
+    table = json.loads(kept.read_text())
+    (one,) = table["arms"].values()
+    assert one["numbers"]["model.moe.expert_width"] == [8, 31] and "a, moe, beside dense" in capsys.readouterr().out
+    one["numbers"]["model.moe.expert_width"] = [8, 33]  # as another machine's clock might have it
+    kept.write_text(json.dumps(table))
+    for folder in Path("runs").glob("t.*"):
+        shutil.rmtree(folder)
+    assert runs(path)["t.a.5.moe"].config.model.moe.expert_width == 33  # type: ignore[union-attr]
+    for override in ("match.by='flops'", "match.tolerance=0.5", "every.model.width=32"):
+        assert runs(path, override)["t.a.3.moe"].config.model.moe.expert_width != 33  # type: ignore[union-attr]
+    folder = Path("runs/t.a.5.moe")
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 64}\n')
+    with pytest.raises(
+        Refusal, match=r"(?s)matched.json: moe on a was matched for other settings.*match.by.*another --name"
+    ):
+        runs(path, "match.by='flops'")
+    kept.write_text("{")
+    with pytest.raises(Refusal, match=r"matched.json is damaged or of another version: put a good copy back"):
+        runs(path)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ('to = "dense"', 'to = "dens"', r"match.to: no arm 'dens'; did you mean 'dense'"),
+        ('to = "dense"', 'to = "dense"\narms = ["mo"]', r"match.arms: no arm 'mo'; did you mean 'moe'"),
+        ('to = "dense"', 'to = "dense"\narms = ["dense"]', r"match.arms: 'dense' is match.to"),
+        ('to = "dense"', 'to = "dense"\nvary.mo = "inner"', r"match.vary: no arm 'mo'; did you mean 'moe'"),
+        ('to = "dense"', 'to = "dense"\nvary.moe = "experts"', r"vary='experts' hardly moves by='active'"),
+        ("seeds = [3, 5]", "branch_stage = 1", r"branch_stage=1: arms that branch .* leave branch_stage or match out"),
+        ("multiple_of = 1", "multiple_of = 300", r"moe: with inner 300, the nearest"),
+        ("seeds = [3, 5]", "isoflop = { flops = [1e9], sizes = [1, 2, 3] }", r"match and isoflop both set sizes"),
+    ],
+)
+def test_what_cannot_be_matched_is_refused(path: Path, before: str, after: str, words: str) -> None:
+    assert before in ARMS
+    path.write_text(ARMS.replace(before, after, 1))
+    with pytest.raises(Refusal, match=words):
+        runs(path)
+    assert not Path("runs").exists()
+
+
+def test_seconds_are_those_of_timed_steps(path: Path) -> None:
+    """A clock by which an arm's steps cost their width, and the other's 50: the width is 50, and the plan is mended."""
+    asked = []
+
+    def clock(config):  # type: ignore[no-untyped-def]
+        is_dense = config.model.num_dense_layers > 0
+        asked.append(None if is_dense else config.model.moe.expert_width)
+        return [50.0 if is_dense else float(config.model.moe.expert_width)]
+
+    found = runs(path)
+    dense, moe = found["t.a.3.dense"].config, found["t.a.3.moe"].config
+    settings = MatchSettings(to="dense", by="seconds", multiple_of=1)
+    made = timed_match(moe, dense, settings, published("h100"), "moe", clock, rounds=9)
+    assert asked[0] is None and asked[1] == 31 and asked[-1] in (49, 50, 51) and len(asked) > 3
+    assert made.config.model.moe.expert_width == asked[-1]
+    assert made.notes[0].startswith("seconds are measured: median steps of 5e+04 ms (dense) and 5e+04 ms (moe)")
+    assert "timed again at the size that was found, in round" in made.notes[1] and "beyond" not in made.notes[1]
+    once = timed_match(moe, dense, settings, published("h100"), "moe", clock, rounds=1)
+    assert "beyond match.tolerance=0.02" in once.notes[1]
+    plain = match(moe, dense, settings, published("h100"), "moe")
+    assert measure(plain.config, published("h100")).seconds != once.measures.seconds
