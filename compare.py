@@ -1,4 +1,7 @@
-"""Compare arms that differ in one thing: `python compare.py CONFIG [key=value ...]`."""
+"""Compare arms that differ in one thing: `python compare.py CONFIG [key=value ...]`.
+
+Of runs that exist, ours or others': `python compare.py --runs A B ...`, folders or metrics.jsonl, or LABEL=PATH.
+"""
 
 import argparse
 import sys
@@ -9,7 +12,7 @@ from pathlib import Path
 from comparison.arms import ArmsSettings, Entry, expand, matched_lines, read_arms
 from comparison.launch import check_runs, train_all
 from comparison.page import show, write_page
-from comparison.results import compare
+from comparison.results import compare, compare_runs
 from run.folder import RUNS
 from run.start import refusing
 from settings import Refusal, to_toml
@@ -25,6 +28,9 @@ def main(arguments: argparse.Namespace) -> None:
 
     Raises Refusal before any has trained where one of them could not be, and in the end where some have failed.
     """
+    if arguments.runs:
+        report_runs(arguments)
+        return
     settings = read_arms(arguments.config, arguments.overrides, is_small=arguments.small)
     name = arguments.name or arguments.config.stem + ("-small" if arguments.small else "")
     entries = expand(settings, arguments.config, name)
@@ -44,6 +50,13 @@ def main(arguments: argparse.Namespace) -> None:
         raise Refusal("\n".join([*failed, AGAIN]))
 
 
+def report_runs(arguments: argparse.Namespace) -> None:
+    """The same report of runs that exist. Raises Refusal naming one that cannot be read."""
+    comparison = compare_runs(arguments.runs)
+    show(comparison)
+    print(f"report: {write_page(comparison, arguments.out or RUNS / (arguments.name or 'comparison'), '')}")
+
+
 def plan(settings: ArmsSettings, entries: Sequence[Entry]) -> Iterator[str]:
     """What would be trained: a line a run, and how much of it all is left."""
     for entry in entries:
@@ -57,13 +70,21 @@ def plan(settings: ArmsSettings, entries: Sequence[Entry]) -> Iterator[str]:
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", type=Path, help="a comparison, for example configs/context/extension_arms.toml")
+    example = "a comparison, for example configs/context/extension_arms.toml"
+    parser.add_argument("config", type=Path, nargs="?", help=example)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values in place of the file's: seeds=[0]")
     parser.add_argument("--name", help="what folders below runs/ begin with; left out, the file's name")
     parser.add_argument("--small", action="store_true", help="as the file's table [small] has it")
     parser.add_argument("--show", action="store_true", help="check and list all runs, and train none")
     parser.add_argument("--report", action="store_true", help="train nothing: say what the folders hold so far")
-    return parser.parse_intermixed_args(words)
+    parser.add_argument("--runs", nargs="+", metavar="RUN", help="report on these: folders, metrics.jsonl, LABEL=PATH")
+    parser.add_argument("--out", type=Path, help="with --runs: the report's folder; left out, runs/comparison")
+    arguments = parser.parse_intermixed_args(words)
+    if bool(arguments.config) == bool(arguments.runs):
+        parser.error("give the file of a comparison, or --runs A B ...")
+    if arguments.out and not arguments.runs:
+        parser.error("--out: goes with --runs; what a comparison trains is reported in runs/NAME, see --name")
+    return arguments
 
 
 if __name__ == "__main__":

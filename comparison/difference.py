@@ -93,7 +93,8 @@ class Difference:
         if self.is_evidence:
             return f"{self._side(words)} ({count}): evidence"
         few = ""
-        if len(self.seeds) < self.measure.least_seeds:
+        low, high = self.interval
+        if len(self.seeds) < self.measure.least_seeds and (low > 0 or high < 0):
             few = f"; two seeds fall alike too often by chance, {self.measure.least_seeds} are needed"
         return f"no evidence that {self.arm} and {self.other} differ in {words}: {self.numbers} ({count}){few}"
 
@@ -147,8 +148,11 @@ def bootstrap(pairs: Sequence[tuple[Sample, Sample]], resamples: int = RESAMPLES
     values_SX = np.stack([a.values(draws) - b.values(draws) for a, b in pairs])
     count = len(pairs)
     chosen_SX = draws.rng.integers(count, size=(count, resamples))
+    means_X, drawn_X = values_SX.mean(axis=0), np.take_along_axis(values_SX, chosen_SX, axis=0).mean(axis=0)
+    # Means of few that are drawn again vary less than means of few others would: by sqrt((S - 1) / S).
+    stretch = math.sqrt(count / (count - 1)) if count > 1 else 0.0
     tail = (1 - LEVEL) / 2
-    low, high = np.quantile(np.take_along_axis(values_SX, chosen_SX, axis=0).mean(axis=0), [tail, 1 - tail])
+    low, high = np.quantile(means_X + stretch * (drawn_X - means_X), [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -19,7 +19,11 @@ class Estimate:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f}" + ("" if math.isnan(self.half) else f" ±{self.half:.2f}")
+        return self.told(".2f")
+
+    def told(self, form: str) -> str:
+        """`0.90 ±0.25`, each written in a form such as `.2f`."""
+        return f"{self.mean:{form}}" + ("" if math.isnan(self.half) else f" ±{self.half:{form}}")
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 
 from comparison.seen import SeenRun
 from evals.grid import THRESHOLD, effective_length
+from evals.intervals import NORMAL, student_quantile
 from evals.scoring import Cell
 from run.metrics import Row
 
@@ -114,11 +115,17 @@ def text_sample(row: Row) -> Sample:
 
 
 def _drawn_text(nats_P: np.ndarray, bytes_P: np.ndarray, text: str, draws: Draws) -> np.ndarray:
-    # The mean of few pieces varies less by sqrt((P - 1) / P) than that of few texts would: stretched by as much.
+    # Few pieces that are drawn again vary less than few others would: stretched to what Student's t has for as many.
     places_XP, size = draws.pieces(text, len(nats_P)), len(nats_P)
     drawn_X = nats_P[places_XP].sum(axis=1) / bytes_P[places_XP].sum(axis=1) / math.log(2)
     whole = nats_P.sum() / bytes_P.sum() / math.log(2)
-    return np.asarray(whole + (drawn_X - whole) * math.sqrt(size / (size - 1)))
+    return np.asarray(whole + (drawn_X - whole) * _stretch(size))
+
+
+@cache
+def _stretch(size: int) -> float:
+    """As in `evals.intervals`: sqrt(P / (P - 1)), and Student's quantile in place of the normal's."""
+    return math.sqrt(size / (size - 1)) * student_quantile(0.025, size - 1) / NORMAL.inv_cdf(0.025)
 
 
 def mean_of(samples: Sequence[Sample]) -> Sample:

@@ -1,15 +1,22 @@
 """A comparison for a person: tables and verdicts in the terminal, and one HTML file with heatmaps and lines."""
 
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from comparison.chapters import chapters, most_important
 from comparison.results import Arm, Comparison, Verdict, moment
+from comparison.seen import groups_of
+from comparison.sheets import write_sheets
+from comparison.summary import configs_of, table_of
+from run.figures import Panel, on_white, panels
+from run.files import write_whole
 from run.page import Picture, ReportSection, drawn
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from evals.grid import Grid
 
 GRIDS_IN_A_ROW = 4
@@ -46,6 +53,18 @@ def _cell(comparison: Comparison, base: str, name: str, steps: int, length: int)
     return f"{found or '-'}  {f'{loss.mean:.3f}' if loss else '-'}"
 
 
+def _arm_tables(comparison: Comparison) -> list[Table]:
+    """What each group's arms are and took."""
+    groups = groups_of(comparison.runs)
+    return [(f"{name}: arms" if len(groups) > 1 else "arms", table_of(group)) for name, group in groups.items()]
+
+
+def verdict_words(comparison: Comparison) -> list[str]:
+    """A sentence a difference."""
+    groups = groups_of(comparison.runs)
+    return [f"{each.group}: {each}" if len(groups) > 1 else str(each) for each in comparison.differences]
+
+
 def verdict_lines(comparison: Comparison) -> list[str]:
     """One sentence a claim, base and moment, or the one that says why there are none."""
     if not comparison.settings.claims:
@@ -61,7 +80,10 @@ def show(comparison: Comparison) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
-    for title, rows in tables(comparison):
+    told = verdict_lines(comparison) if comparison.arms or not comparison.runs else []
+    if comparison.runs:
+        told = [*verdict_words(comparison), *told]
+    for title, rows in [*_arm_tables(comparison), *tables(comparison)]:
         console.print(title, markup=False, highlight=False, soft_wrap=True)
         shown = Shown(box=None, header_style="bold", padding=(0, 2, 0, 0))
         for column in rows[0]:
@@ -70,12 +92,12 @@ def show(comparison: Comparison) -> None:
             shown.add_row(*row.values())
         console.print(shown)
         console.print()
-    for line in verdict_lines(comparison):
+    for line in told:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def write_page(comparison: Comparison, folder: Path, config_toml: str) -> Path:
-    """comparison.html in the folder; returns its path."""
+    """comparison.html in the folder, comparison.png and, where there are runs, their CSVs; returns the page's path."""
     from jinja2 import Environment
 
     from run.report import TEMPLATE
@@ -87,20 +109,38 @@ def write_page(comparison: Comparison, folder: Path, config_toml: str) -> Path:
         cards=[],
         sections=list(sections(comparison)),
         stages=[],
-        config_toml=config_toml,
+        config_toml="\n".join([config_toml, *map(configs_of, groups_of(comparison.runs).values())]).strip(),
         environment=[],
     )
     folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / "comparison.html", folder / ".partial_comparison.html"
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    write_whole(folder / "comparison.html", html.encode(errors="replace"))
+    if figure := _most_important(comparison):
+        write_whole(folder / "comparison.png", on_white(figure))
+    if comparison.runs:
+        write_sheets(comparison.runs, comparison.differences, folder)
+    return folder / "comparison.html"
+
+
+def _most_important(comparison: Comparison) -> "Figure | None":
+    """The curves of arms that branched, of the first base; of others the first group's loss and needles."""
+    for base in comparison.settings.chosen_bases if comparison.arms else []:
+        if content := _curve_panels(comparison, base):
+            return panels(content, columns=len(content))
+    return next((most_important(group) for group in groups_of(comparison.runs).values()), None)
 
 
 def sections(comparison: Comparison) -> Iterable[ReportSection]:
-    """What was claimed and found, each base's numbers, and the pictures behind them."""
+    """What was claimed and found, each base's numbers, and the pictures behind them; then what any runs tell."""
+    if comparison.arms or not comparison.runs:
+        yield from _of_branches(comparison)
+    if comparison.runs:
+        yield from chapters(comparison.runs, comparison.differences, comparison.first, comparison.matched)
+
+
+def _of_branches(comparison: Comparison) -> Iterable[ReportSection]:
+    """Arms by the number of steps since they branched."""
     yield ReportSection(
-        "Verdict",
+        "Verdict on what was claimed",
         "Differences of the groups' means are taken seed by seed, on the same base weights; in brackets their 95% "
         "interval over seeds (Student's t). Seeds are few: no evidence is not evidence of no difference.",
         table=[_verdict_row(verdict) for verdict in comparison.verdicts()],
@@ -167,8 +207,13 @@ def _grid(arms: Sequence[Arm], name: str, steps: int) -> Iterable["Grid"]:
 
 def _curves(comparison: Comparison, base: str) -> Iterable[ReportSection]:
     """Needles against steps, and loss by position at the last moment."""
-    from run.figures import Panel, panels
+    if content := _curve_panels(comparison, base):
+        text = "How fast each arm finds needles, and what it predicts of text at each place of a window."
+        picture = drawn(f"{base}: curves", panels(content, columns=len(content)))
+        yield ReportSection(f"{base}: over steps and positions", text, [picture])
 
+
+def _curve_panels(comparison: Comparison, base: str) -> list[Panel]:
     longest = max((claim.length for claim in comparison.settings.claims), default=max(comparison.lengths, default=0))
     by_steps = {}
     for name in comparison.settings.chosen_arms:
@@ -189,10 +234,7 @@ def _curves(comparison: Comparison, base: str) -> Iterable[ReportSection]:
         found = {name: line for name, line in by_position.items() if line[0]}
         if found:
             content.append(Panel(f"loss by position, {moment(steps)}", found, "bits per byte", "position"))
-    if by_steps:
-        text = "How fast each arm finds needles, and what it predicts of text at each place of a window."
-        picture = drawn(f"{base}: curves", panels(content, columns=len(content)))
-        yield ReportSection(f"{base}: over steps and positions", text, [picture])
+    return content if by_steps else []
 
 
 def _all_moments(comparison: Comparison, base: str, name: str) -> list[int]:
@@ -211,6 +253,8 @@ def _positions(arms: Sequence[Arm], steps: int) -> tuple[list[float], list[float
 
 def _status(comparison: Comparison) -> str:
     settings = comparison.settings
+    if not comparison.arms and comparison.runs:
+        return f"{len(comparison.runs)} runs of {len({(run.group, run.arm) for run in comparison.runs})} arms."
     planned = len(settings.chosen_bases) * len(settings.seeds) * len(settings.chosen_arms)
     seeds = ", ".join(map(str, settings.seeds))
     arms = f"{len(settings.chosen_arms)} arms, seeds {seeds}"

@@ -7,10 +7,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from comparison.arms import ArmsSettings, Claim, Entry
+from comparison.arms import ArmsSettings, Claim, Entry, matched_lines
+from comparison.difference import RESAMPLES, Difference
 from comparison.estimate import Estimate, estimate
+from comparison.others import read_runs
+from comparison.seen import SeenRun, read_seen
+from comparison.verdicts import differences
 from run.facts import read_run
 from run.metrics import Row
+
+NOTHING_PLANNED = ArmsSettings(bases={"runs": ""}, arms={"runs": {}})
+"""Of runs that no comparison has trained."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,14 @@ class Comparison:
 
     settings: ArmsSettings
     arms: tuple[Arm, ...]
+    """Those that branched, or of which something is claimed."""
+    runs: tuple[SeenRun, ...] = ()
+    """All of them."""
+    matched: tuple[str, ...] = ()
+    """What was made alike, line by line."""
+    first: str | None = None
+    """The arm that others are held against; None: the first."""
+    resamples: int = RESAMPLES
 
     @cached_property
     def moments(self) -> list[int]:
@@ -69,6 +84,11 @@ class Comparison:
     def lengths(self) -> list[int]:
         """At which needles were looked for."""
         return sorted({row["length"] for arm in self.arms for rows in arm.rows.values() for row in _needles(rows)})
+
+    @cached_property
+    def differences(self) -> list[Difference]:
+        """Of every pair of arms by every headline measure."""
+        return differences(self.runs, self.first, self.resamples)
 
     def of(self, base: str, name: str) -> list[Arm]:
         """One arm's runs, a seed each."""
@@ -124,8 +144,24 @@ class Comparison:
 
 def compare(settings: ArmsSettings, entries: Iterable[Entry]) -> Comparison:
     """What lies in the folders of the arms; one that is not there yet is passed over."""
-    arms = [read_arm(entry.folder, entry.base, entry.seed, entry.arm) for entry in entries if entry.arm is not None]
-    return Comparison(settings, tuple(arm for arm in arms if arm is not None))
+    entries = list(entries)
+    named = [(entry, entry.arm) for entry in entries if entry.arm is not None]
+    seen = [read_seen(entry.folder, arm, entry.seed, entry.base) for entry, arm in named]
+    arms: list[Arm | None] = []
+    if settings.branch_stage is not None or settings.claims:
+        arms = [read_arm(entry.folder, entry.base, entry.seed, arm) for entry, arm in named]
+    return Comparison(
+        settings,
+        tuple(arm for arm in arms if arm is not None),
+        tuple(run for run in seen if run is not None),
+        tuple(matched_lines(entries)),
+        settings.match.to if settings.match else None,
+    )
+
+
+def compare_runs(words: Sequence[str]) -> Comparison:
+    """Runs that exist, as `comparison.others.read_runs` has them. Raises Refusal."""
+    return Comparison(NOTHING_PLANNED, (), tuple(read_runs(words)))
 
 
 def read_arm(folder: Path, base: str, seed: int, name: str) -> Arm | None:

@@ -27,6 +27,10 @@ LEGEND: dict[str, Any] = {"fontsize": 8.5, "frameon": False, "labelcolor": INK, 
 COLOURS = ("#3f7fd0", "#e0803a", "#35a079", "#c9506a", "#8d6fd1", "#a3892e", "#3aa0b5", "#8a8f98")
 
 
+IN_A_ROW = 8
+"""Names in a row of a legend."""
+
+
 @dataclass(frozen=True)
 class Mark:
     """A place on the axis of tokens where a stage begins."""
@@ -53,6 +57,8 @@ class Panel:
     is_log_y: bool = False
     y_ticks: Sequence[tuple[float, str]] = ()
     """Where the y axis is marked, and with what; left out: numbers where they fit."""
+    x_ticks: Sequence[tuple[float, str]] = ()
+    """The same of the x axis."""
     bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] = field(default_factory=dict)
     """Name of a line -> (low, high) at each of its points."""
     faint: Mapping[str, Sequence[Line]] = field(default_factory=dict)
@@ -125,6 +131,13 @@ def _draw_bar(figure: "Figure", axes: "Axes | list[Axes]", image: "AxesImage") -
     bar.set_ticks([0, 1, 2], labels=["0", "1 = even", "2×"])
     bar.ax.tick_params(colors=FAINT, labelsize=8.5, length=0)
     bar.outline.set_visible(False)
+
+
+def on_white(figure: "Figure") -> bytes:
+    """The figure's PNG on a white ground, for a page that is not ours."""
+    figure.patch.set_alpha(1)
+    figure.patch.set_facecolor(GROUND)
+    return png(figure)
 
 
 def png(figure: "Figure") -> bytes:
@@ -203,6 +216,9 @@ def _draw_panel(axes: "Axes", panel: Panel, *, has_legend: bool = True) -> None:
     axes.xaxis.set_major_formatter(number_format)
     if panel.counts_y:
         axes.yaxis.set_major_formatter(number_format)
+    if panel.x_ticks:
+        axes.set_xticks([place for place, _ in panel.x_ticks], [text for _, text in panel.x_ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
     if panel.y_ticks:
         axes.set_yticks([place for place, _ in panel.y_ticks], [text for _, text in panel.y_ticks])
     axes.set_ylim(*_limits(panel))
@@ -212,12 +228,13 @@ def _draw_panel(axes: "Axes", panel: Panel, *, has_legend: bool = True) -> None:
 
 def _draw_shared_legend(figure: "Figure", axes: "Axes") -> None:
     """One for panels of the same lines, below them, where it covers none."""
-    room, height = 0.28, figure.get_figheight()
+    handles, names = axes.get_legend_handles_labels()
+    in_a_row = min(len(names), IN_A_ROW)
+    room, height = 0.08 + 0.2 * math.ceil(len(names) / in_a_row), figure.get_figheight()
     top, bottom = (1 - figure.subplotpars.top) * height, figure.subplotpars.bottom * height
     figure.set_figheight(height + room)
     figure.subplots_adjust(top=1 - top / (height + room), bottom=(bottom + room) / (height + room))
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="lower center", ncols=len(names), **LEGEND)
+    figure.legend(handles, names, loc="lower center", ncols=in_a_row, **LEGEND)
 
 
 def _limits(panel: Panel) -> tuple[float | None, float | None]:

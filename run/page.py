@@ -27,6 +27,8 @@ class ReportSection:
     pictures: list[Picture] = field(default_factory=list)
     table: Sequence[Mapping[str, str]] = ()
     """Rows of the same columns, title to text; it stands above the pictures."""
+    points: Sequence[str] = ()
+    """Sentences, one below the other, above the table."""
 
 
 def drawn(alt: str, figure: "Figure") -> Picture:
