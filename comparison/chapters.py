@@ -27,6 +27,7 @@ ROUTER: Titles = {
     "dropped_share": "share of rows dropped",
     "choice_overlap": "choices kept over a step",
 }
+FROM_ZERO = ("max_violation", "dead_experts", "dropped_share")
 SPEED: Mapping[str, tuple[str, float]] = {
     "tokens_per_second": ("tokens a second", 1.0),
     "mfu": ("MFU, %", 100.0),
@@ -203,13 +204,15 @@ def _router(group: Sequence[SeenRun]) -> Iterator[ReportSection]:
         return
     axis = next(iter(axes_of(routed)), "step")
     keys = [key for key in ROUTER if arms_with(routed, [key])]
-    panels = [_coloured(group, panel(ROUTER[key], routed, axis, metric(key))) for key in keys]
+    panels = [
+        _coloured(group, panel(ROUTER[key], routed, axis, metric(key), from_zero=key in FROM_ZERO)) for key in keys
+    ]
     pictures = _rows("router", panels)
     for arm, own in arms_of(routed).items():
         for source, figure in load_figures(list(own[0].last.values())):
             pictures.append(drawn(f"{arm}: load of each expert by layer on held-out {source}", figure))
     text = (
-        "Whether routers use all experts, of arms that have any. The busiest expert is given as its load over the mean "
+        f"Whether routers use all experts: {', '.join(arms_of(routed))}. The busiest expert is given as its load over the mean "
         "load, minus 1. In squares, the colour of the page is an even share, blue is less and orange is more."
     )
     yield ReportSection("Routers", text, pictures)
@@ -265,8 +268,8 @@ def _coloured(group: Sequence[SeenRun], told: "curves.Panel") -> "curves.Panel":
 
 
 def _rows(alt: str, content: Sequence["curves.Panel"]) -> list[Picture]:
-    starts = range(0, len(content), MOST_IN_A_ROW)
-    return [_row(alt, content[start : start + MOST_IN_A_ROW], MOST_IN_A_ROW) for start in starts]
+    starts, columns = range(0, len(content), MOST_IN_A_ROW), min(len(content), MOST_IN_A_ROW)
+    return [_row(alt, content[start : start + columns], columns) for start in starts]
 
 
 def _row(alt: str, content: Sequence["curves.Panel"], columns: int | None = None) -> Picture:

@@ -96,8 +96,11 @@ def show(comparison: Comparison) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def write_page(comparison: Comparison, folder: Path, config_toml: str) -> Path:
-    """comparison.html in the folder, comparison.png and, where there are runs, their CSVs; returns the page's path."""
+def write_page(comparison: Comparison, folder: Path, config_toml: str, before: Sequence[ReportSection] = ()) -> Path:
+    """comparison.html in the folder, comparison.png and, where there are runs, their CSVs; returns the page's path.
+
+    before: sections that come first, of what was swept.
+    """
     from jinja2 import Environment
 
     from run.report import TEMPLATE
@@ -107,7 +110,7 @@ def write_page(comparison: Comparison, folder: Path, config_toml: str) -> Path:
         name=folder.name,
         status=_status(comparison),
         cards=[],
-        sections=list(sections(comparison)),
+        sections=[*before, *sections(comparison)],
         stages=[],
         config_toml="\n".join([config_toml, *map(configs_of, groups_of(comparison.runs).values())]).strip(),
         environment=[],

@@ -24,6 +24,7 @@ def write_sheets(runs: Sequence[SeenRun], found: Sequence[Difference], folder: P
         "curves.csv": [row for run in runs for row in curve_rows(run)],
         "differences.csv": [difference_row(each) for each in found],
     }
+    folder.mkdir(parents=True, exist_ok=True)
     for name, table in rows.items():
         write_whole(folder / name, _csv(table))
     return [folder / name for name in rows]
