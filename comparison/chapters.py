@@ -212,8 +212,8 @@ def _router(group: Sequence[SeenRun]) -> Iterator[ReportSection]:
         for source, figure in load_figures(list(own[0].last.values())):
             pictures.append(drawn(f"{arm}: load of each expert by layer on held-out {source}", figure))
     text = (
-        f"Whether routers use all experts: {', '.join(arms_of(routed))}. The busiest expert is given as its load over the mean "
-        "load, minus 1. In squares, the colour of the page is an even share, blue is less and orange is more."
+        f"Whether routers use all experts: {', '.join(arms_of(routed))}. The busiest expert is given as its load over "
+        "the mean load, minus 1. In squares, the colour of the page is an even share, blue is less and orange is more."
     )
     yield ReportSection("Routers", text, pictures)
 

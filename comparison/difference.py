@@ -111,7 +111,7 @@ class Difference:
         low, high = (-high, -low) if self.mean < 0 else (low, high)
         told = "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
         side = "below" if self.mean < 0 else "above"
-        return f"{self.arm} is {side} {self.other} by {abs(self.mean):{form}} {words}{told}"
+        return f"{self.arm} is {side} {self.other} by {abs(self.mean):{form}} {self.measure.joint}{words}{told}"
 
 
 def difference(

@@ -30,6 +30,8 @@ class Measure:
     """In a sentence: `bits per byte of held-out python at length 512`."""
     form: str
     """How its numbers are written."""
+    joint: str = ""
+    """Between a number and the words: `tokens in the `."""
     is_low_better: bool = True
     least_seeds: int = 2
     """Paired seeds below which nothing is evidence. Scores of right answers may jump from none to all, as a coin
@@ -147,12 +149,13 @@ def _needles(runs: Sequence[SeenRun]) -> list[Found]:
             continue
         chosen = {n: [each[place] for place in shared] for n, each in cells.items()}
         name = task.replace("/", " ")
-        words = f"share of {name} samples found, mean of {len(shared)} cells"
-        measure = Measure(task, words, ".3f", is_low_better=False, least_seeds=3)
+        words = f"share of {name} samples found (mean of {len(shared)} cells)"
+        measure = Measure(task, words, ".3f", "in the ", is_low_better=False, least_seeds=3)
         found.append((measure, {n: needle_sample(each) for n, each in chosen.items()}))
         if len({length for length, _ in shared}) > 1:
-            words = f"effective length of {name} (tokens, up to which {THRESHOLD:.0%} are found)"
-            measure = Measure(f"effective_length/{task}", words, ",.0f", is_low_better=False, least_seeds=3)
+            words = f"effective length of {name} (up to which {THRESHOLD:.0%} are found)"
+            name = f"effective_length/{task}"
+            measure = Measure(name, words, ",.0f", "tokens in the ", is_low_better=False, least_seeds=3)
             found.append((measure, {n: reach_sample(each) for n, each in chosen.items()}))
     return found
 
@@ -177,7 +180,9 @@ def _drawn_cells(cells: Sequence[Cell], draws: Draws) -> np.ndarray:
     """
     count_C = np.array([max(cell.count, 1) for cell in cells])
     right_C = np.array([cell.score for cell in cells]) * count_C
-    return draws.rng.beta(right_C + 0.5, count_C - right_C + 0.5, size=(draws.count, len(cells)))
+    drawn_XC = draws.rng.beta(right_C + 0.5, count_C - right_C + 0.5, size=(draws.count, len(cells)))
+    # Its mean lies nearer to a half than what was measured: its spread is wanted, around that.
+    return np.asarray(drawn_XC + (right_C / count_C - (right_C + 0.5) / (count_C + 1)))
 
 
 def _drawn_reach(cells: Sequence[Cell], draws: Draws) -> np.ndarray:

@@ -10,7 +10,7 @@ from comparison.measures import Measure, Sample, mean_of, needle_sample, reach_s
 from evals.scoring import Cell
 
 BITS = Measure("held_out/a@128", "bits per byte of held-out a at length 128", ".3f")
-NEEDLES = Measure("needle", "share of needle samples found, mean of 4 cells", ".3f", False, 3)
+NEEDLES = Measure("needle", "share of needle samples found (mean of 4 cells)", ".3f", "in the ", False, 3)
 
 
 def text(bits_P: np.ndarray, name: str = "t") -> Sample:
