@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import cast
 
 import torch.distributed as dist
@@ -60,10 +61,18 @@ def states_by_stage(
     settings: ModelSettings, vocab_size: int, optimizer: str, grid: Grid, parts_per_rank: int = 1
 ) -> list[States]:
     """Of the rank with the largest parts, for each place along the pipeline."""
+    return list(_states_by_stage(settings, vocab_size, optimizer, grid, parts_per_rank))
+
+
+@lru_cache(maxsize=256)
+def _states_by_stage(
+    settings: ModelSettings, vocab_size: int, optimizer: str, grid: Grid, parts_per_rank: int
+) -> tuple[States, ...]:
+    """As above, once for each: plans ask again and again, and models have to be built for the answer."""
     model = build_model(settings, vocab_size)
     shapes = dict(build_model(settings, vocab_size).named_parameters())
     layouts = layouts_on(model, grid, parts_per_rank)
-    return [_states(shapes, layouts, optimizer, grid, stage) for stage in range(grid.pipeline)]
+    return tuple(_states(shapes, layouts, optimizer, grid, stage) for stage in range(grid.pipeline))
 
 
 def _states(

@@ -11,7 +11,7 @@ from data.batches import Batches
 from model.block import Kind
 from model.memory import Memory
 from model.repeated import repeated_flops
-from model.size import attention_flops_per_token, multiplied_weights
+from model.size import attention_flops_per_token, flops_per_token, multiplied_weights
 from parallel.mesh import Grid, grid_of
 from planning.device import Device
 from planning.jobs import framework_of, job_of
@@ -52,6 +52,8 @@ class Forecast:
     """The longest step, part by part."""
     seconds: float
     """All its steps."""
+    full_flops_per_token: float
+    """The model's operations as some count them: as if each token saw all of the longest row, in every layer."""
 
     @property
     def flops(self) -> float:
@@ -82,6 +84,7 @@ def forecasts(
             kinds=kinds,
             step=time(step),
             seconds=stage.num_steps * mean_over_steps(stage, partial(_seconds, time), TIMED_STEPS),
+            full_flops_per_token=flops_per_token(model, vocab_size, step.sequence_length, causal=False),
         )
 
 

@@ -1,6 +1,8 @@
 """What a configuration gives the ranks to do in a step, in the terms that time is added up in."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 from attention.mask import Documents
 from context.plan import plan
@@ -8,8 +10,9 @@ from context.step_plan import StepPlan
 from context.ulysses import largest_group
 from context.volume import Volume, volume
 from model.block import Kind
+from model.transformer import ModelSettings
 from moe.balance import rows_per_group
-from parallel.mesh import Grid
+from parallel.mesh import Grid, SequenceSettings
 from parallel.rows import lay_out
 from parallel.sequence import farthest_view, heads_of
 from planning.device import Device
@@ -59,10 +62,19 @@ def counts_first(config: RunConfig, step: StepPlan, num_rows: int) -> bool:
     return any(num_rows % size for size in sizes)
 
 
-def volumes(config: RunConfig, step: StepPlan, num_rows: int) -> dict[str, Volume]:
+def volumes(config: RunConfig, step: StepPlan, num_rows: int) -> Mapping[str, Volume]:
     """The most that a rank sends in a layer of each kind, if every row of a micro-batch is one document."""
-    model, sequence, size = config.model, config.parallel.sequence, config.row_ranks(step.stage)
-    heads, rows = heads_of(model), ((step.sequence_length,) * num_rows, num_rows)
+    return _volumes(
+        config.model, config.parallel.sequence, config.row_ranks(step.stage), step.sequence_length, num_rows
+    )
+
+
+@lru_cache(maxsize=512)
+def _volumes(
+    model: ModelSettings, sequence: SequenceSettings, size: int, length: int, num_rows: int
+) -> Mapping[str, Volume]:
+    """As above, once for each: a search asks for them again and again."""
+    heads, rows = heads_of(model), ((length,) * num_rows, num_rows)
     layout, lengths = lay_out(*rows, sequence, size, farthest_view(model))
     sent: dict[str, Volume] = {}
     for view in sorted({model.view(layer) for layer in range(model.num_layers)}):

@@ -33,6 +33,8 @@ def stage_rows(told: Sequence[Forecast]) -> Iterator[Row]:
             "rows a step": f"{stage.tokens_per_step // longest:,}",
             "a micro-batch": f"{forecast.num_rows:,}",
             "ranks a row": str(forecast.row_ranks),
+            "FLOP a token": short(forecast.flops / stage.num_tokens),
+            "as if full": short(forecast.full_flops_per_token),
             **_sums([forecast]),
         }
     stages = [forecast.stage for forecast in told]

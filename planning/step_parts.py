@@ -35,6 +35,26 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What cannot be done in no time: see `planning.roofline`."""
+
+    flops: float = 0.0
+    moved: float = 0.0
+    """Bytes between the device and its memory."""
+    inside: float = 0.0
+    """Seconds that what is sent takes through links inside nodes, at the bandwidth that collectives sustain."""
+    across: float = 0.0
+    """The same of links between nodes."""
+
+    def times(self, factor: float) -> "Work":
+        return Work(factor * self.flops, factor * self.moved, factor * self.inside, factor * self.across)
+
+    def __add__(self, other: "Work") -> "Work":
+        inside, across = self.inside + other.inside, self.across + other.across
+        return Work(self.flops + other.flops, self.moved + other.moved, inside, across)
+
+
+@dataclass(frozen=True)
 class Part:
     """Something that a rank does in a step."""
 
@@ -45,13 +65,15 @@ class Part:
     sent: float = 0.0
     """Bytes that the rank sends."""
     is_sent: bool = False
+    work: Work = Work()
 
     @property
     def exposed(self) -> float:
         return self.seconds - self.hidden
 
     def times(self, factor: float) -> "Part":
-        return Part(self.name, self.seconds * factor, self.hidden * factor, self.sent * factor, self.is_sent)
+        more = (self.seconds * factor, self.hidden * factor, self.sent * factor)
+        return Part(self.name, *more, self.is_sent, self.work.times(factor))
 
 
 @dataclass(frozen=True)
@@ -93,12 +115,17 @@ def merge(parts: Iterable[Part]) -> list[Part]:
     """Parts of one name as one, in the order of their first."""
     merged: dict[str, Part] = {}
     for part in parts:
-        old = merged.get(part.name, Part(part.name, 0.0))
-        merged[part.name] = Part(
-            part.name,
-            old.seconds + part.seconds,
-            old.hidden + part.hidden,
-            old.sent + part.sent,
-            old.is_sent or part.is_sent,
-        )
+        old = merged.get(part.name)
+        merged[part.name] = part if old is None else _together(old, part)
     return list(merged.values())
+
+
+def _together(one: Part, other: Part) -> Part:
+    return Part(
+        one.name,
+        one.seconds + other.seconds,
+        one.hidden + other.hidden,
+        one.sent + other.sent,
+        one.is_sent or other.is_sent,
+        one.work + other.work,
+    )

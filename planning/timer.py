@@ -1,10 +1,13 @@
 """What each layer costs on a rank, by what it does: products, passes over memory, and what is sent along each axis."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from model.size import attention_layer, mean_keys_of_documents
 from model.work import (
+    FP32,
     FUSED_LOGIT_PASSES,
     LOGIT_PASSES,
     UPDATE_PASSES,
@@ -20,7 +23,7 @@ from parallel.cost import Line, exchange_time, gather_bytes, gather_time, line, 
 from parallel.mesh import Axis
 from planning.device import Device
 from planning.speeds import Framework
-from planning.step_parts import Job, Part, Stage, merge
+from planning.step_parts import Job, Part, Stage, Work, merge
 
 
 class Timer:
@@ -34,45 +37,50 @@ class Timer:
 
     def microbatch(self, stage: Stage) -> list[Part]:
         """Forward and backward of a rank's layers."""
-        parts = [part for layer in stage.layers for part in self._layer(layer)]
+        alike = Counter((self.job.model.view(layer), self.job.model.feed_forward_kind(layer)) for layer in stage.layers)
+        parts = [part.times(number) for kind, number in alike.items() for part in self._layer(kind)]
         parts += self.ends(stage)
         if self.job.grid.pipeline > 1:
             parts.append(self.sends())
         hidden = sum(part.hidden for part in parts if part.is_sent)
         return merge([*parts, Part("slower beside what is sent", self.speeds.contention * hidden)])
 
-    def _layer(self, layer: int) -> list[Part]:
-        """As `layer`, worked out once for all that are alike."""
-        key = self.job.model.view(layer), self.job.model.feed_forward_kind(layer)
-        if key not in self._layers:
-            self._layers[key] = merge(self.layer(layer))
-        return self._layers[key]
+    def _layer(self, kind: tuple[str, str]) -> list[Part]:
+        """What a layer of this view and feed-forward takes, worked out once for all that are alike."""
+        if kind not in self._layers:
+            model = self.job.model
+            layers = range(model.num_layers)
+            self._layers[kind] = merge(
+                self.layer(next(n for n in layers if (model.view(n), model.feed_forward_kind(n)) == kind))
+            )
+        return self._layers[kind]
 
     def layer(self, layer: int) -> list[Part]:
         """What one layer takes in a micro-batch, and what of that is sent."""
         job, again = self.job, self.job.repeats
         made = list(products(job.model, layer, job.tokens, self.cuts))
-        by_kind: dict[str, float] = {}
-        for product in made:
-            by_kind[product.kind] = by_kind.get(product.kind, 0.0) + self.product(product)
-        scores = self.scores(layer)
-        moved = self.memory(job.tokens * sum(passes(job.model, layer, self.cuts, self.held).values()))
+        by_kind = merge(Part(product.kind, self.product(product), work=self.work(product)) for product in made)
+        multiplied, looked = merge(replace(part, name="") for part in by_kind)[0], self.scores(layer)
+        passed = self.passing("", job.tokens * sum(passes(job.model, layer, self.cuts, self.held).values()))
         weights = sum(product.weights for product in made)
-        forward = sum(by_kind.values()) + scores + moved
-        repeated = again.products * sum(by_kind.values()) + again.attention * scores + again.passes * moved
-        repeated += self.experts_again(made)
-        counted = forward * (job.microbatches - 1) / job.microbatches if job.counts_first else 0.0
-        backward = 2 * sum(by_kind.values()) + 2.5 * scores + 2 * moved + repeated
+        forward = _sum("counted beforehand", multiplied, looked, passed)
+        repeated = _sum(
+            "recomputed",
+            *(multiplied.times(again.products), looked.times(again.attention), passed.times(again.passes)),
+            *self.experts_again(made),
+        )
+        backward = 2 * multiplied.seconds + 2.5 * looked.seconds + 2 * passed.seconds + repeated.seconds
+        shared = sum(part.seconds for part in by_kind if part.name == "shared experts")
         return [
-            *(Part(kind, 3 * seconds) for kind, seconds in by_kind.items()),
-            Part("attention scores", 3.5 * scores),
-            Part("passes over memory", 3 * moved + self.memory(WEIGHT_PASSES * weights)),
-            Part("recomputed", repeated),
-            Part("counted beforehand", counted),
-            *self.shards(made, forward, backward),
-            *self.exchanges(layer, by_kind.get("shared experts", 0.0)),
+            *(part.times(3) for part in by_kind),
+            looked.times(3.5),
+            _sum("passes over memory", passed.times(3), self.passing("", WEIGHT_PASSES * weights)),
+            repeated,
+            forward.times((job.microbatches - 1) / job.microbatches if job.counts_first else 0.0),
+            *self.shards(made, forward.seconds, backward),
+            *self.exchanges(layer, shared),
             *self.tokens_of_tensor_ranks(),
-            *self.rows(layer, scores),
+            *self.rows(layer, looked.seconds),
         ]
 
     def ends(self, stage: Stage) -> Iterator[Part]:
@@ -83,14 +91,15 @@ class Timer:
             made = head(job.model, job.vocab_size, job.tokens, self.cuts)
             weights += made.weights
             per_logit = FUSED_LOGIT_PASSES if framework.is_loss_fused else LOGIT_PASSES
-            yield Part("head", 3 * self.product(made))
-            yield Part("passes over memory", self.memory(per_logit * job.tokens * made.outer + WEIGHT_PASSES * weights))
+            yield Part("head", self.product(made), work=self.work(made)).times(3)
+            yield self.passing("passes over memory", per_logit * job.tokens * made.outer + WEIGHT_PASSES * weights)
         if stage.has_embedding and not (job.model.tied_embeddings and stage.has_head):
             weights += job.model.width * job.vocab_size / job.grid.tensor
         along = self.line("shard")
         if along.length > 1 and weights:
             size = weights * (framework.gathered_ends + framework.reduced)
-            yield Part("shard", gather_time(along, size) + along.latency, 0.0, gather_bytes(along, size), True)
+            sent = gather_bytes(along, size)
+            yield Part("shard", gather_time(along, size) + along.latency, 0.0, sent, True, ring(along, sent))
 
     def shards(self, made: list[Product], forward: float, backward: float) -> Iterator[Part]:
         """Weights gathered behind the layer before, forward and backward, and gradients cut up behind the next."""
@@ -99,8 +108,11 @@ class Timer:
             ("expert_shard", lambda product: product.kind == "experts"),
         )
         gathers = scatters = sent = 0.0
+        wires = Work()
         is_kept = not self.framework.reshards or self.job.grid.pipeline > 1
         once = 0.0 if is_kept else 1.0
+        gathered = 1 / self.job.microbatches if is_kept else 2.0
+        scattered = 1 / self.job.microbatches if self.job.grid.pipeline > 1 else 1.0
         for axis, belongs in groups:
             along, weights = self.line(axis), sum(product.weights for product in made if belongs(product))
             if along.length == 1 or not weights:
@@ -109,6 +121,7 @@ class Timer:
             gathers += gather_time(along, there)
             scatters += gather_time(along, back)
             sent += gather_bytes(along, (1 + once) * there + back)
+            wires += ring(along, gather_bytes(along, gathered * there + scattered * back))
         if not sent:
             return
         if is_kept:  # gathered once for all micro-batches
@@ -116,7 +129,7 @@ class Timer:
         if self.job.grid.pipeline > 1:  # where gradients stay whole until the last of them
             scatters /= self.job.microbatches
         hidden = min(gathers, forward) + min(once * gathers + scatters, backward)
-        yield Part("shard", (1 + once) * gathers + scatters, hidden, sent, True)
+        yield Part("shard", (1 + once) * gathers + scatters, hidden, sent, True, wires)
 
     def exchanges(self, layer: int, shared: float) -> Iterator[Part]:
         """Tokens to their experts and home, forward and backward; shared experts compute while they travel."""
@@ -131,7 +144,9 @@ class Timer:
         if job.counts_first:
             legs += 2 * (job.microbatches - 1) / job.microbatches
         hidden = min(one, shared) + min(one, 2 * shared)
-        yield Part("expert", legs * one, hidden, legs * job.tokens * row * (inside + across), True)
+        links, sizes = along.links, (legs * job.tokens * row * inside, legs * job.tokens * row * across)
+        wires = Work(0.0, 0.0, sizes[0] / links.inside.bandwidth, sizes[1] / links.across.bandwidth)
+        yield Part("expert", legs * one, hidden, sum(sizes), True, wires)
 
     def travels(self, along: Line, num_experts: int, chosen: int) -> tuple[float, float]:
         """(copies of a token to ranks of its node, to others)."""
@@ -152,7 +167,7 @@ class Timer:
         often = 4 + 2 * min(job.repeats.products, 1.0)
         if job.counts_first:
             often += 2
-        yield Part("tensor", often * one, 0.0, often * size, True)
+        yield Part("tensor", often * one, 0.0, often * size, True, ring(along, often * size))
 
     def rows(self, layer: int, scores: float) -> Iterator[Part]:
         """Keys, values and their gradients, behind the scores of what is already there."""
@@ -162,13 +177,15 @@ class Timer:
         along, sent = self.line("context"), job.volumes[job.model.view(layer)]
         forward, backward = (send_time(along, size) for size in (sent.forward, sent.backward))
         hidden = min(forward, scores) + min(backward, 2.5 * scores)
-        yield Part("context", forward + backward, hidden, sent.forward + sent.backward, True)
+        size = sent.forward + sent.backward
+        yield Part("context", forward + backward, hidden, size, True, to_neighbour(along, size))
 
     def sends(self) -> Part:
         """Tokens to the next rank of a pipeline, and gradients back, for each part of the model on a rank."""
         job, along = self.job, self.line("pipeline")
-        size = job.tokens * job.model.width * self.framework.stream / job.grid.tensor
-        return Part("pipeline", 2 * job.parts * send_time(along, size), 0.0, 2 * job.parts * size, True)
+        size, often = job.tokens * job.model.width * self.framework.stream / job.grid.tensor, 2 * job.parts
+        work = to_neighbour(along, often * size)
+        return Part("pipeline", often * send_time(along, size), 0.0, often * size, True, work)
 
     def once(self, microbatch: list[Part]) -> Iterator[Part]:
         """What is done once a step: gradients of replicas added up, and weights updated."""
@@ -180,15 +197,17 @@ class Timer:
         else:
             pairs = ((dense, "data"), (experts, "expert_replicate"))
         seconds = sent = 0.0
+        work = Work()
         for weights, axis in pairs:
             along = self.line(axis)
             if along.length > 1 and weights:
-                seconds += reduce_time(along, weights * framework.reduced)
-                sent += 2 * gather_bytes(along, weights * framework.reduced)
+                size = 2 * gather_bytes(along, weights * framework.reduced)
+                seconds, sent = seconds + reduce_time(along, weights * framework.reduced), sent + size
+                work += ring(along, size)
         is_behind = framework.overlaps_replicas or job.grid.shard > 1
         backward = sum(part.exposed for part in microbatch if not part.is_sent) * 2 / 3
-        yield Part("replicate", seconds, min(seconds, backward) if is_behind else 0.0, sent, True)
-        yield Part("update", self.memory(UPDATE_PASSES * (dense + experts)))
+        yield Part("replicate", seconds, min(seconds, backward) if is_behind else 0.0, sent, True, work)
+        yield self.passing("update", UPDATE_PASSES * (dense + experts))
 
     def own_weights(self) -> tuple[float, float]:
         """(all but experts, experts) that lie on a rank, of the stage with the most layers."""
@@ -209,16 +228,22 @@ class Timer:
         edges = 1 + speeds.side * (1 / product.rows + 1 / product.inner + 1 / product.outer)
         return product.flops * edges / (self.device.peak * speeds.product)
 
-    def experts_again(self, made: list[Product]) -> float:
+    def work(self, product: Product) -> Work:
+        """Of one forward product: its operations, and what goes in and comes out; tokens of routers are passes."""
+        if product.kind == "router":
+            return Work(product.flops, FP32 * product.weights)
+        M, K, N = product.rows, product.inner, product.outer
+        return Work(product.flops, self.held.product * product.groups * (M * K + K * N + M * N))
+
+    def experts_again(self, made: list[Product]) -> Iterator[Part]:
         """Where experts keep their input alone, their first product is made once more."""
         moe = self.job.model.moe
-        if moe is None or moe.recompute == "none" or self.job.repeats.products == 1:
-            return 0.0
-        first = [product for product in made if product.kind == "experts"][:1]
-        return sum(map(self.product, first))
+        if moe is not None and moe.recompute != "none" and self.job.repeats.products != 1:
+            first = [product for product in made if product.kind == "experts"][:1]
+            yield from (Part("", self.product(product), work=self.work(product)) for product in first)
 
-    def scores(self, layer: int) -> float:
-        """Seconds of one layer's scores forward."""
+    def scores(self, layer: int) -> Part:
+        """One layer's scores forward; through memory go at least queries and answers."""
         job, model, speeds = self.job, self.job.model, self.speeds
         seen = [window for window in (model.window(layer), job.window) if window is not None]
         window = min(seen, default=None)
@@ -226,11 +251,32 @@ class Timer:
         flops = 2 * job.tokens * channels * mean_keys_of_documents(job.lengths, window)
         longest = sum(n * min(n, window or n) for n in job.lengths) / sum(job.lengths)
         share = speeds.attention[self.framework.attention] * longest / (longest + speeds.half_length)
-        return flops / (self.device.peak * share)
+        work = Work(flops, job.tokens * channels * self.held.product)
+        return Part("attention scores", flops / (self.device.peak * share), work=work)
 
-    def memory(self, size: float) -> float:
-        """Seconds to move so many bytes."""
-        return size / (self.device.memory_bandwidth * self.speeds.memory)
+    def passing(self, name: str, size: float) -> Part:
+        """So many bytes moved to or from memory."""
+        return Part(name, size / (self.device.memory_bandwidth * self.speeds.memory), work=Work(0.0, size))
 
     def line(self, axis: Axis) -> Line:
         return line(self.job.grid, axis, self.device.links, self.job.context)
+
+
+def ring(along: Line, size: float) -> Work:
+    """So many bytes sent by each rank of a ring, whose slowest link counts."""
+    seconds = size / along.bandwidth
+    links = along.links
+    is_inside = along.nodes == 1 or along.bandwidth == links.inside.bandwidth
+    return Work(inside=seconds) if is_inside else Work(across=seconds)
+
+
+def to_neighbour(along: Line, size: float) -> Work:
+    """So many bytes sent to one other rank, which may be on another node where the group is."""
+    if along.nodes == 1:
+        return Work(inside=size / along.links.inside.bandwidth)
+    return Work(across=size / along.links.across.bandwidth)
+
+
+def _sum(name: str, *parts: Part) -> Part:
+    """Parts as one, of this name."""
+    return merge(replace(part, name=name) for part in (Part("", 0.0), *parts))[0]

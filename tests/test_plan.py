@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import plan
-from model.size import count
+from model.size import count, flops_per_token
+from planning.given import fewest_ranks
 from planning.outlook import table
 from run.config import load_config
 from run.metrics import short
@@ -42,15 +43,8 @@ def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def printed(capsys: pytest.CaptureFixture[str], *overrides: str, **options: object) -> str:
-    defaults = {
-        "ranks": None,
-        "device": None,
-        "rate": 1e9,
-        "efficiency": None,
-        "no_data": False,
-        "ranks_per_node": None,
-    }
-    plan.main(argparse.Namespace(config=str(TINY), overrides=[TEXTS, *overrides], **(defaults | options)))
+    given = plan.parse_arguments([str(TINY), TEXTS, *overrides])
+    plan.main(argparse.Namespace(**(vars(given) | {"rate": 1e9} | options)))
     return capsys.readouterr().out
 
 
@@ -69,11 +63,21 @@ def test_the_whole_plan_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 x CPU" in said and "documents as in each stage's first rows" in said
     assert "Time: 1B FLOP/s a rank, 100% of 1B (given, of a whole step)" in said
     assert "layers by" not in said and not Path("runs").exists()
+    assert "MFU: the model's operations, forward and backward, causal, none done twice / seconds / peak" in said
+    assert "Routing: top-2 of 4, learned (even load assumed" in said and "Padding: 0% of the tokens (rows are" in said
+
+
+def test_operations_of_a_token_are_told_as_it_sees_and_as_if_it_saw_all(capsys: pytest.CaptureFixture[str]) -> None:
+    model = load_config(TINY, []).model
+    for line, length in zip(printed(capsys, no_data=True).split("\n\n")[1].splitlines()[1:3], (64, 128), strict=True):
+        said = line.split()[7:9]
+        assert said == [short(flops_per_token(model, 257, length, causal=causal)) for causal in (True, False)]
+        assert said[0] != said[1]
 
 
 def test_documents_cost_less_than_whole_rows(capsys: pytest.CaptureFixture[str]) -> None:
     def share(said: str) -> float:
-        return float(said.split("\n\n")[1].splitlines()[1].split()[8].rstrip("%"))
+        return float(said.split("\n\n")[1].splitlines()[1].split()[10].rstrip("%"))
 
     documents, rows = share(printed(capsys)), share(printed(capsys, no_data=True))
     assert 0 < documents < rows
@@ -102,9 +106,9 @@ def test_the_mesh_in_one_line_and_a_step_part_by_part(capsys: pytest.CaptureFixt
 
 def test_the_fewest_ranks_divide_into_all_groups() -> None:
     config = load_config(TINY, ["context.stages.1.context=3", "parallel.expert=2"])
-    assert plan.fewest_ranks(config) == 6
+    assert fewest_ranks(config) == 6
     cut = load_config(TINY, ["parallel={replicate=3,shard=2,tensor=2}", "model.attention.num_kv_heads=2"])
-    assert plan.fewest_ranks(cut) == 12 and plan.fewest_ranks(load_config(TINY, [])) == 1
+    assert fewest_ranks(cut) == 12 and fewest_ranks(load_config(TINY, [])) == 1
 
 
 def test_another_device_and_what_does_not_fit_on_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,6 +131,15 @@ def test_another_device_and_what_does_not_fit_on_it(capsys: pytest.CaptureFixtur
         (["device=cuda"], {"ranks": 1}, "no NVIDIA GPU"),
         ([], {"device": "h300"}, "--device h300"),
         ([], {"ranks_per_node": 0}, "--ranks-per-node 0: .*1 or more"),
+        ([], {"config": None}, "give a configuration, such as .* or a budget: --flops"),
+        ([], {"search": "8-4"}, "--search 8-4: give a number of ranks"),
+        ([], {"search": "x"}, "--search x: give a number of ranks"),
+        ([], {"flops": 1e20, "hours": 1.0}, "--flops and --hours: give one"),
+        ([], {"flops": 0.0}, "--flops 0: give a number above 0"),
+        ([], {"hours": float("nan")}, "--hours nan"),
+        ([], {"flops": 1e15, "unique_tokens": -1.0}, "--unique-tokens -1"),
+        ([], {"flops": 1e15, "coefficients": "kaplan"}, "no set of coefficients 'kaplan'; known: epoch"),
+        ([], {"flops": 1e26}, "no model of this shape has about"),
         (["parallel.shard=2", "parallel.expert=4"], {"ranks": 6}, "--ranks 6: .*shard=2, .*expert=4; give 4"),
         ([], {"rate": 0.0}, "--rate 0"),
         ([], {"rate": float("nan")}, "--rate nan"),

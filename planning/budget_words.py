@@ -1,0 +1,141 @@
+"""What to train for a budget, as text: what the law says, and overrides to paste behind a configuration."""
+
+import argparse
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from data.tokenizer import build_tokenizer
+from planning.budget import FITTED_FLOPS, STEP_LAW_SIZES, Budget, Sized, budget_of, for_hours, sized
+from planning.device import published, with_efficiency, with_rate
+from planning.given import choose, choose_ranks, in_nodes, what_speeds_mean
+from run.config import RunConfig, load_config
+from run.metrics import clock, short
+from scaling.repeats import HALF_LIFE, worth
+from scaling.sets import CoefficientSet, coefficient_set, step_law_rate
+from settings import Refusal, to_dict
+
+
+def plan_budget(arguments: argparse.Namespace) -> Iterator[str]:
+    """What to train; with a configuration, as large as that, and how long it takes. Raises Refusal."""
+    coefficients = coefficient_set(arguments.coefficients)
+    check(arguments)
+    if arguments.config is None:
+        yield from _without_pattern(arguments, coefficients)
+        return
+    config = load_config(arguments.config, arguments.overrides)
+    vocab_size = build_tokenizer(config.data.tokenizer).vocab_size
+    num_ranks, device = choose_ranks(config, arguments.ranks), choose(config, arguments)
+
+    def at(flops: float) -> Sized:
+        budget = budget_of(flops, coefficients, arguments.unique_tokens)
+        return sized(config, vocab_size, budget, num_ranks, device)
+
+    flops = arguments.flops
+    if flops is None:
+        wanted = 3600 * arguments.hours
+        flops = for_hours(wanted, wanted * num_ranks * device.rate, lambda flops: at(flops).seconds)
+    found = at(flops)
+    yield from in_words(found.budget, coefficients)
+    yield from _shape_in_words(config, found, vocab_size, f"{num_ranks} x {device.name}")
+    yield from what_speeds_mean(found.config, device)
+
+
+def _without_pattern(arguments: argparse.Namespace, coefficients: CoefficientSet) -> Iterator[str]:
+    flops = arguments.flops
+    if flops is None:
+        if arguments.device is None and arguments.rate is None:
+            raise Refusal("--hours: give --device h200 or another, or --rate, or a configuration, to know how fast")
+        device = in_nodes(published(arguments.device or "h100"), arguments.ranks_per_node)
+        device = device if arguments.rate is None else with_rate(device, arguments.rate)
+        device = device if arguments.efficiency is None else with_efficiency(device, arguments.efficiency)
+        ranks = arguments.ranks or 1
+        flops = 3600 * arguments.hours * ranks * device.rate
+        speed = f"{short(device.rate)} FLOP/s each, {device.efficiency:.0%} of {short(device.peak)} ({device.source})"
+        yield f"{arguments.hours:g} hours of {ranks} x {device.name} at {speed};"
+        yield "with a configuration its own predicted speed is taken"
+    yield from in_words(budget_of(flops, coefficients, arguments.unique_tokens), coefficients)
+
+
+def in_words(budget: Budget, coefficients: CoefficientSet) -> Iterator[str]:
+    """What the law says, whose it is, and how far it can be trusted."""
+    N, D = budget.parameters, budget.tokens
+    rate, batch = step_law_rate(N, D), budget.batch_tokens
+    yield f"{budget.flops:.3g} FLOPs, 6ND, by the set {coefficients.name!r}:"
+    yield f"  {coefficients.source}"
+    yield f"  N  {short(N)} parameters that a token meets"
+    yield f"  D  {short(D)} tokens, {D / N:.1f} a parameter; loss of the law {budget.loss:.3f} nats a token"
+    if budget.unique is not None:
+        fresh = worth(budget.unique, budget.epochs) if budget.unique < D else D
+        yield (
+            f"     {budget.epochs:.2f} passes over {short(budget.unique)} tokens, worth {short(fresh)} new ones"
+            f" (half-life {HALF_LIFE:g}, Muennighoff et al. 2023)"
+        )
+    yield f"  batch {short(batch)} tokens, {D / batch:,.0f} steps; peak learning rate {rate:.2e}"
+    yield "     (Step Law: Li et al. 2025, equation 1)"
+    low, high = FITTED_FLOPS
+    if not low <= budget.flops <= high:
+        by = low / budget.flops if budget.flops < low else budget.flops / high
+        yield f"  ! the law was fitted to runs of {low:g} to {high:g} FLOPs: this is {by:,.1f} times beyond"
+    low, high = STEP_LAW_SIZES
+    if not low <= N <= high:
+        yield (
+            f"  ! batch and rate were fitted at {short(low)} to {short(high)} parameters (without embeddings) and"
+            " AdamW: sweep around them"
+        )
+
+
+def _shape_in_words(config: RunConfig, found: Sized, vocab_size: int, where: str) -> Iterator[str]:
+    model, size, before = found.config.model, found.size, config.model
+    inner = size.active - size.embedding
+    rate = step_law_rate(inner, found.budget.tokens)
+    yield ""
+    yield f"After the pattern of {config.name}: {before.num_layers} layers of {before.width} become"
+    parameters = f"of {short(size.total)} parameters a token meets {short(size.active)}"
+    yield f"  {model.num_layers} layers of {model.width}; {parameters}"
+    if model.moe is not None:
+        yield (
+            "  ! N is what a token meets. The sets are of dense models: a mixture with as many active parameters has a"
+            " lower loss, and an optimum of its own (python -m scaling fit --law joint_moe)"
+        )
+    yield (
+        f"  {found.flops:.3g} FLOPs by its own count, with attention and without the embedding's rows;"
+        f" {clock(found.seconds)} on {where}"
+    )
+    if config.optimizer.kind != "adamw":
+        yield f"  ! the rate is AdamW's; {config.optimizer.kind} wants its own"
+    yield ""
+    yield " ".join(overrides_of(config, found.config, rate))
+    yield ""
+
+
+def overrides_of(config: RunConfig, given: RunConfig, rate: float) -> list[str]:
+    """What to write behind the file's name for it."""
+    told = [f"optimizer.learning_rate={rate:.2e}"]
+    before, after = dict(_numbers(to_dict(config))), dict(_numbers(to_dict(given)))
+    told += [f"{key}={value}" for key, value in after.items() if before.get(key) != value]
+    return told + [f"{key}=none" for key in before if key not in after]
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a table, with their paths."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for number, inner in enumerate(value):
+            yield from _numbers(inner, f"{key}.{number}")
+    else:
+        yield key, value
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse numbers that mean nothing."""
+    if arguments.flops is not None and arguments.hours is not None:
+        raise Refusal("--flops and --hours: give one of them")
+    for name in ("flops", "hours", "unique_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise Refusal(f"--{name.replace('_', '-')} {value:g}: give a number above 0")
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise Refusal(f"--ranks {arguments.ranks}: give 1 or more")
