@@ -16,6 +16,7 @@ from comparison.measures import Draws, Measure, Sample
 
 RESAMPLES = 2000
 LEVEL = 0.95
+TINY = 1e-12
 NONE = (math.nan, math.nan)
 Interval = tuple[float, float]
 
@@ -99,17 +100,16 @@ class Difference:
         return f"no evidence that {self.arm} and {self.other} differ in {words}: {self.numbers} ({count}){few}"
 
     def _of_one_seed(self, words: str) -> str:
-        low, _ = self.interval
-        text = ", an interval over the text alone" if not math.isnan(low) else ""
+        text = ", an interval over the text alone" if not math.isnan(self.interval[0]) else ""
         why = f"one run each, and {self.unpaired}" if self.unpaired else "one seed"
         return f"{self._side(words)}{text}; {why}: that says nothing of other seeds"
 
     def _side(self, words: str) -> str:
         form, (low, high) = self.measure.form, self.interval
-        if self.mean == 0:
-            return f"{self.arm} is level with {self.other} in {words}"
         low, high = (-high, -low) if self.mean < 0 else (low, high)
         told = "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
+        if abs(self.mean) < TINY:
+            return f"{self.arm} is level with {self.other} in {words}{told}"
         side = "below" if self.mean < 0 else "above"
         return f"{self.arm} is {side} {self.other} by {abs(self.mean):{form}} {self.measure.joint}{words}{told}"
 

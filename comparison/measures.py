@@ -197,8 +197,8 @@ def _drawn_reach(cells: Sequence[Cell], draws: Draws) -> np.ndarray:
 def _training(runs: Sequence[SeenRun]) -> list[Found]:
     """Where no text was held out of some run: the loss of its last steps, of which no interval is known."""
     samples = {n: Sample(value) for n, run in enumerate(runs) if (value := last_loss(run)) is not None}
-    words = f"training loss (nats a token) over the last {LAST_SHARE:.0%} of steps"
-    return [(Measure("loss", words, ".3f"), samples)]
+    words = f"training loss over the last {LAST_SHARE:.0%} of steps"
+    return [(Measure("loss", words, ".4f", "nats a token in the "), samples)]
 
 
 def last_loss(run: SeenRun) -> float | None:
