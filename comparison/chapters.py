@@ -41,7 +41,8 @@ def chapters(
 ) -> Iterator[ReportSection]:
     """first: the arm that others are held against; matched: lines that say what was made alike."""
     groups = groups_of(runs)
-    yield _verdict(found, groups)
+    if found:
+        yield _verdict(found, groups)
     for name, group in groups.items():
         head = f"{name}: " if len(groups) > 1 else ""
         for section in _of_group(group, first, matched):
@@ -73,7 +74,7 @@ def _verdict(found: Sequence[Difference], groups: Mapping[str, Sequence[SeenRun]
     )
     told = [f"{each.group}: {each}" if len(groups) > 1 else str(each) for each in found]
     table = [row for group in groups.values() for row in scores_of(group)] if len(groups) == 1 else []
-    return ReportSection("Verdict", text, table=table, points=told or ["There is nothing that two arms share."])
+    return ReportSection("Verdict", text, table=table, points=told)
 
 
 def _arms(group: Sequence[SeenRun], first: str | None, matched: Sequence[str]) -> ReportSection:

@@ -87,7 +87,9 @@ class Comparison:
 
     @cached_property
     def differences(self) -> list[Difference]:
-        """Of every pair of arms by every headline measure."""
+        """Of every pair of arms by every headline measure; none of sizes at budgets, which are points of curves."""
+        if self.settings.isoflop is not None:
+            return []
         return differences(self.runs, self.first, self.resamples)
 
     def of(self, base: str, name: str) -> list[Arm]:
