@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from comparison.arms import ArmsSettings, Entry, expand, matched_lines, read_arms
+from comparison.findings import findings
 from comparison.launch import check_runs, train_all
 from comparison.page import show, write_page
 from comparison.results import compare, compare_runs
@@ -44,8 +45,10 @@ def main(arguments: argparse.Namespace) -> None:
         return
     failed = [] if arguments.report else train_all(entries, RUNS / name, settings.places, partial(print, flush=True))
     comparison = compare(settings, entries)
-    show(comparison)
-    print(f"report: {write_page(comparison, RUNS / name, to_toml(settings))}")
+    if settings.isoflop is None:  # arms of many sizes are points of curves: no two of them are to be held apart
+        show(comparison)
+    found = findings(settings, entries, RUNS / name, print)
+    print(f"report: {write_page(comparison, RUNS / name, to_toml(settings), found)}")
     if failed:
         raise Refusal("\n".join([*failed, AGAIN]))
 
@@ -59,11 +62,13 @@ def report_runs(arguments: argparse.Namespace) -> None:
 
 def plan(settings: ArmsSettings, entries: Sequence[Entry]) -> Iterator[str]:
     """What would be trained: a line a run, and how much of it all is left."""
+    width = max((len(entry.config.name) for entry in entries), default=0)
     for entry in entries:
         stage = entry.config.context.stages[-1]
         begin = 0 if entry.config.branch is None else entry.config.stages[entry.config.branch.stage].start_tokens
         state = "finished" if entry.is_finished else f"{entry.config.total_tokens - begin:,} tokens"
-        yield f"{entry.config.name:<40} {state:>18}, ends at length {stage.sequence_length:,} under {stage.rotary.kind}"
+        name = entry.config.name.ljust(width)
+        yield f"{name} {state:>18}, ends at length {stage.sequence_length:,} under {stage.rotary.kind}"
     left = sum(not entry.is_finished for entry in entries)
     yield f"{len(entries)} runs, {left} of them to train, {len(settings.places)} at a time"
 

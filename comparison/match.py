@@ -19,7 +19,7 @@ from model.size import count, multiplied_weights
 from planning.device import Device
 from planning.forecast import Forecast, attention_of_stage, forecasts, whole_rows
 from run.config import RunConfig
-from run.metrics import short
+from run.metrics import clock, short
 from settings import Refusal, Section
 
 Measure = Literal["active", "flops", "total", "seconds"]
@@ -27,7 +27,13 @@ MEASURES: Mapping[Measure, str] = {
     "active": "parameters that a token meets",
     "flops": "operations of all tokens, attention included",
     "total": "parameters",
-    "seconds": "seconds of training, as planned",
+    "seconds": "time of training, as planned",
+}
+FORMS: Mapping[Measure, Callable[[float], str]] = {
+    "active": short,
+    "flops": "{:.3g}".format,
+    "total": short,
+    "seconds": clock,
 }
 REACH = 2.0
 """How many times larger or smaller the next size that is timed may be."""
@@ -139,7 +145,8 @@ class Matched:
             mark = "matched  " if measure_name == self.by else "unmatched"
             if measure_name != self.by and abs(ours / theirs - 1) < 5e-4:
                 mark = "alike    "
-            told = f"{short(ours):>8} to {short(theirs):>8}  {ours / theirs - 1:+.1%}"
+            form = FORMS[measure_name]
+            told = f"{form(ours):>8} to {form(theirs):>8}  {ours / theirs - 1:+.1%}"
             yield f"  {mark} {MEASURES[measure_name]:<45} {told}"
         yield from (f"  {note}" for note in self.notes)
 

@@ -8,6 +8,7 @@ import pytest
 from comparison import launch
 from comparison.arms import Entry, expand, read_arms
 from comparison.launch import train_all
+from settings import Refusal
 from tests.comparison.test_arms import ARMS, BASE
 
 TRAINER = """
@@ -120,3 +121,39 @@ def test_a_run_that_was_stopped_counts_as_not_finished(entries: list[Entry], tmp
     (tmp_path / "trainer.py").write_text("print('stopped after step 3')")
     lines = train_all(entries, Path("runs/t"), 1, lambda line: None)
     assert [line.split(":")[0] for line in lines if "stopped after step 3" in line] == ["t.a.0", "t.b.0"]
+
+
+def test_a_run_at_a_time_on_each_device(entries: list[Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each sees its own GPU alone, by its number among those that are seen here, and takes the one that is free."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    trainer = TRAINER.replace('    print("begin"', '    print("begin", os.environ["CUDA_VISIBLE_DEVICES"]')
+    (tmp_path / "trainer.py").write_text(f"import os\n{trainer}")
+    assert train_all(entries, Path("runs/t"), ["cuda:0", "cuda:1", "cpu"], lambda line: None) == []
+    began = events("begin")
+    assert {line.split()[0] for line in began} == {"4", "7", "4,7"}
+    assert all(line.endswith(f"device={'cpu' if line.startswith('4,7') else 'cuda'}") for line in began)
+    on_cuda_0 = [line.split()[1] for line in began if line.startswith("4 ")]
+    assert 1 <= len(on_cuda_0) < 6 and len(began) == 6
+    assert (
+        launch.around("cuda:2") == {**launch.os.environ, "CUDA_VISIBLE_DEVICES": "-1"} and launch.around(None) is None
+    )
+
+
+def test_devices_that_are_not_there_are_refused(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 1)
+    launch.check_places(["cuda:0", "cpu", None])
+    with pytest.raises(Refusal, match=r"devices: 'cuda:1': torch finds 1 GPU, cuda:0 and up here"):
+        launch.check_places(["cuda:0", "cuda:1"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["devices=['gpu0']"], "devices: 'gpu0' is none; write cuda:0"),
+        (["devices=['cuda:0', 'cuda:0']"], "names one twice"),
+        (["devices=['cuda:0']", "jobs=2"], "jobs=2 and devices both say"),
+    ],
+)
+def test_devices_that_cannot_be(entries: list[Entry], tmp_path: Path, overrides: list[str], words: str) -> None:
+    with pytest.raises(Refusal, match=words):
+        read_arms(tmp_path / "arms.toml", overrides)

@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as trials
+from hypothesis import strategies as st
 
 from comparison.match import MatchSettings, match, measure
-from model.size import count
+from comparison.resize import numbers_of, unit_of
+from model.size import count, flops_per_token
 from planning.device import Device, published
 from run.config import RunConfig, load_config
 from settings import Refusal
@@ -57,7 +61,9 @@ def test_a_mixture_as_active_as_a_dense_model(device: Device) -> None:
     assert abs(ours / theirs - 1) < 0.002
     told = list(found.lines("moe"))
     assert told[0].startswith("moe, beside dense: model.") and "model.moe.expert_width: 64 -> 25" in told[0]
-    assert [line for line in told if line.startswith("  matched")] == [told[1]] and "parameters that a token meets" in told[1]
+    assert [line for line in told if line.startswith("  matched")] == [
+        told[1]
+    ] and "parameters that a token meets" in told[1]
     assert float(told[3].split()[-1].rstrip("%")) > 100, "all parameters are left unlike, and it is said"
 
 
@@ -71,3 +77,65 @@ def test_what_comes_not_near_enough_is_refused(device: Device) -> None:
         match(dense, config(), MatchSettings(to="moe", by="total", vary="experts"), device, "dense")
     with pytest.raises(ValueError, match="vary='experts' hardly moves by='active'; vary 'inner'"):
         MatchSettings(to="x", vary="experts")
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> list[str]:
+    """Overrides that make a small model of any shape: some layers dense, some of experts."""
+    layers, heads = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2, 4]))
+    experts = draw(st.integers(2, 9))
+    moe = {"num_experts": experts, "experts_per_token": draw(st.integers(2, experts)), "expert_width": 8}
+    moe["expert_width"] *= draw(st.integers(1, 9))
+    return [
+        f"model.num_layers={layers}",
+        f"model.num_dense_layers={draw(st.integers(0, layers))}",
+        f"model.width={2 * heads * draw(st.integers(2, 12))}",
+        f"model.feed_forward_width={draw(st.integers(1, 300))}",
+        f"model.attention={{num_heads={heads},num_kv_heads={heads}}}",
+        f"model.moe={{{','.join(f'{key}={value}' for key, value in moe.items())}}}",
+    ]
+
+
+@trials(max_examples=30, deadline=None)
+@given(
+    arms=st.tuples(shapes(), shapes()),
+    how=st.sampled_from(
+        [(by, vary) for by in ("active", "flops", "total") for vary in ("inner", "width", "depth")]
+        + [("total", "experts")]
+    ),
+    unit=st.sampled_from([1, 4, 8]),
+)
+def test_any_two_models_are_made_alike_or_it_is_refused(
+    arms: tuple[list[str], list[str]], how: tuple[str, str], unit: int
+) -> None:
+    """Within the tolerance as model.size counts, one number moved and no other key; else a refusal that says how."""
+    ours, theirs = (load_config(ROOT / "configs/moe/softmax.toml", words) for words in arms)
+    asked = MatchSettings(to="there", by=how[0], vary=how[1], multiple_of=unit, tolerance=0.1)  # type: ignore[arg-type]
+    try:
+        found = match(ours, theirs, asked, published("h100"), "here")
+    except Refusal as refusal:
+        text = str(refusal)
+        assert "this arm has no experts" in text or ("here: with " in text and "match.tolerance=" in text), text
+        return
+
+    def size(one: RunConfig) -> float:
+        counted = count(one.model, 257)
+        (stage,) = one.stages
+        each = flops_per_token(one.model, 257, stage.sequence_length)
+        return {"active": counted.active, "total": counted.total, "flops": each}[how[0]]
+
+    assert abs(size(found.config) / size(theirs) - 1) <= 0.1 + 1e-9
+    before, after = numbers_of(ours), numbers_of(found.config)
+    moved = {key for key in before if before[key] != after[key]}
+    inner = {"model.feed_forward_width", "model.moe.expert_width"}
+    allowed = {
+        "inner": inner,
+        "width": inner | {"model.width"},
+        "depth": {"model.num_layers", "model.num_dense_layers"},
+        "experts": {"model.moe.num_experts"},
+    }[how[1]]
+    assert moved <= allowed
+    if how[1] == "width":
+        assert after["model.width"] % unit_of(ours, "width", unit) == 0
+    rest = {"model": ours.model}
+    assert found.config.model_copy(update=rest) == ours, "nothing but the model"
