@@ -14,6 +14,8 @@ from run.metrics import Row, short
 Place = tuple[float, float, float]
 """Step, place on the axis, value."""
 SMOOTHED_FROM = 20
+MOST_POINTS = 500
+"""Of a line: more of them are not seen, and take long to smooth."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,11 @@ def place_of(run: SeenRun, axis: str, step: int, tokens: float) -> float | None:
     """Where an evaluation stands on an axis: between the rows of the metrics around its step."""
     if axis in ("tokens", "step"):
         return tokens if axis == "tokens" else step
-    known = [(point.step, x) for point in run.points if (x := point.at(axis)) is not None]
-    if not known:
+    steps, places = run.track(axis)
+    if not steps:
         return None
     begin = (run.environment.get("branched_from") or {}).get("step", 0)
-    steps, places = zip((begin, 0.0), *known, strict=True)
-    return float(np.interp(step, steps, places))
+    return float(np.interp(step, [begin, *steps], [0.0, *places]))
 
 
 def by_length(task: str) -> Callable[[SeenRun, str], list[Place]]:
@@ -130,15 +131,30 @@ def together(runs: Sequence[Sequence[Place]]) -> Curve:
     if not runs:
         return Curve(([], []))
     if len(runs) == 1:
-        x, y = _line(runs[0])
-        is_rough = len(y) > SMOOTHED_FROM
-        return Curve((x, smooth(_gaps(y)) if is_rough else y), ((x, y),) if is_rough else ())
+        return Curve(_drawn(runs[0]), (_line(_thinned(runs[0])),) if len(runs[0]) > SMOOTHED_FROM else ())
     by_step = [{step: (x, y) for step, x, y in places} for places in runs]
     shared = sorted(set.intersection(*map(set, by_step)))
-    mean = _line([(step, *_mean([each[step] for each in by_step])) for step in shared])
-    lines = [_line(places) for places in runs]
-    faint = [(x, smooth(_gaps(y)) if len(y) > SMOOTHED_FROM else y) for x, y in lines]
-    return Curve((mean[0], smooth(_gaps(mean[1])) if len(mean[1]) > SMOOTHED_FROM else mean[1]), tuple(faint))
+    mean = [(step, *_mean([each[step] for each in by_step])) for step in shared]
+    return Curve(_drawn(mean), tuple(map(_drawn, runs)))
+
+
+def _drawn(places: Sequence[Place]) -> Line:
+    """Smoothed where there are enough of them for it."""
+    x, y = _line(_thinned(places))
+    return x, smooth(_gaps(y)) if len(y) > SMOOTHED_FROM else y
+
+
+def _thinned(places: Sequence[Place]) -> Sequence[Place]:
+    """No more than can be seen: neighbours are taken together, and a gap in one of them is passed over."""
+    if len(places) <= MOST_POINTS:
+        return places
+    groups = np.array_split(np.array(places, dtype=np.float64), MOST_POINTS)
+    return [(group[0, 0], group[:, 1].mean(), _mean_of_known(group[:, 2])) for group in groups]
+
+
+def _mean_of_known(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def lengths_marked(runs: Sequence[SeenRun], task: str) -> list[tuple[float, str]]:

@@ -93,6 +93,17 @@ class SeenRun:
             found.append(Point(row, row["step"], tokens, flops, seconds))
         return found
 
+    @cached_property
+    def _tracks(self) -> dict[str, tuple[list[float], list[float]]]:
+        return {}
+
+    def track(self, axis: str) -> tuple[list[float], list[float]]:
+        """(steps, places on the axis) of the rows that have one."""
+        if axis not in self._tracks:
+            known = [(float(point.step), x) for point in self.points if (x := point.at(axis)) is not None]
+            self._tracks[axis] = [step for step, _ in known], [x for _, x in known]
+        return self._tracks[axis]
+
     def flops_of(self, row: Row) -> float | None:
         """Operations a token in this row's step: as measured, else by arithmetic as if each row were one document."""
         told: float | None = row.get("flops_per_token")

@@ -42,9 +42,10 @@ def _of_pair(group: Sequence[SeenRun], arm: str, other: str, resamples: int) -> 
 
 
 def _notes(runs: Sequence[SeenRun], arm: str, other: str, found: Difference) -> Iterator[str]:
-    tokens = {run.arm: run.tokens for run in runs if run.tokens is not None}
-    if len(tokens) > 1 and len(set(tokens.values())) > 1:
-        yield f"after {short(tokens[arm])} and {short(tokens[other])} tokens"
+    tokens = {name: {run.tokens for run in runs if run.arm == name and run.tokens is not None} for name in (arm, other)}
+    if all(tokens.values()) and len(tokens[arm] | tokens[other]) > 1:
+        told = [" or ".join(map(short, sorted(each))) for each in tokens.values()]
+        yield f"after {told[0]} and {told[1]} tokens"
     if found.seeds and None not in found.seeds:
         alone = [run.name for run in runs if run.seed not in found.seeds and run.name not in found.lost]
         if alone:

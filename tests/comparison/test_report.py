@@ -4,17 +4,21 @@ import base64
 import csv
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from comparison.chapters import chapters
+from comparison.curves import MOST_POINTS, together
 from comparison.measures import headline
+from comparison.others import read_other
 from comparison.page import show, write_page
 from comparison.results import Comparison, compare_runs
 from comparison.seen import SeenRun
 from comparison.sheets import write_sheets
 from comparison.summary import settings_table, table_of, unlike
-from comparison.verdicts import pairs_of
+from comparison.verdicts import differences, pairs_of
 from tests.comparison.folders import held_out, needles, write_run
 
 GOOD, BAD = {64: 1.0, 256: 0.9}, {64: 1.0, 256: 0.1}
@@ -157,3 +161,52 @@ def test_flops_of_older_runs_follow_from_their_configuration(tmp_path: Path) -> 
     assert run.points[0].flops == pytest.approx(4096 * flops_per_token(config.model, 257, 512))
     assert run.parameters["total"] > run.parameters["active"] and run.routing.startswith("top-2 of 4")
     assert SeenRun("", "a", 0, tmp_path, [row]).points[0].flops is None
+
+
+def test_runs_that_are_not_as_far_say_so(tmp_path: Path) -> None:
+    a, b = (write_run(tmp_path / name, [held_out(2.0)]) for name in "ab")
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        rows = [json.loads(line) for line in (b / name).read_text().splitlines()]
+        half = [{**row, "tokens": row["tokens"] // 2} for row in rows]
+        (b / name).write_text("".join(json.dumps(row) + "\n" for row in half))
+    found = compare_runs([str(a), str(b)])
+    assert [str(each).endswith("(after 2K and 4K tokens)") for each in found.differences] == [True]
+    assert found.runs[1].notes[-1] == "not complete: 2,000 of 4,000 tokens"
+
+
+def test_the_door_reads_runs_and_writes_beside_none_of_them(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import compare
+
+    a, b = (write_run(tmp_path / name, [held_out(2.0)]) for name in "ab")
+    compare.main(compare.parse_arguments(["--runs", f"first={a}", f"second={b}", "--out", str(tmp_path / "out")]))
+    assert "second is level with first in bits per byte" in capsys.readouterr().out
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"comparison.html", "comparison.png", "runs.csv", "curves.csv", "differences.csv"}
+    for words in ([], ["config.toml", "--runs", str(a)], ["config.toml", "--out", "x"]):
+        with pytest.raises(SystemExit):
+            compare.parse_arguments(words)
+
+
+def test_what_was_matched_and_to_which_arm_is_told(found: Comparison) -> None:
+    told = list(chapters(found.runs, found.differences, "moe", ["moe: experts as wide as 72"]))
+    arms = next(section for section in told if section.title == "Arms")
+    assert arms.points == ["moe: experts as wide as 72", "dense beside moe: nothing told here differs"]
+    assert {(each.arm, each.other) for each in replace(found, first="moe").differences} == {("dense", "moe")}
+
+
+def test_bases_are_compared_apart(tmp_path: Path) -> None:
+    runs = [
+        read_other(write_run(tmp_path / f"{base}{arm}", [held_out(2.0)]), arm, base) for base in "xy" for arm in "ab"
+    ]
+    found = differences(runs, resamples=50)
+    assert [(each.group, each.arm, each.other) for each in found] == [("x", "b", "a"), ("y", "b", "a")]
+    titles = [section.title for section in chapters(runs, found)]
+    assert "x: Arms" in titles and "y: Settings" in titles and titles.count("Verdict") == 1
+
+
+def test_long_runs_are_thinned_and_keep_their_mean() -> None:
+    curve = together([[(n, 2.0 * n, float(n % 2)) for n in range(5000)]])
+    assert len(curve.mean[0]) == MOST_POINTS and curve.mean[0][0] == pytest.approx(9.0)
+    assert curve.mean[1] == pytest.approx([0.5] * MOST_POINTS)
+    both = together([[(n, float(n), 1.0) for n in range(10)], [(n, n + 2.0, 3.0) for n in range(5, 15)]])
+    assert both.mean == ([n + 1.0 for n in range(5, 10)], [2.0] * 5) and len(both.seeds) == 2
