@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 
 from context.lengths import divisors
 from context.stages import Stage
@@ -125,6 +126,8 @@ class Search:
                 self.too_small += 1
                 continue
             candidates = list(self.fastest(parallel))
+            if self.is_mixed:  # then more ranks to a row may go with larger micro-batches
+                candidates += [each for wider in self.contexts(parallel) for each in self.fastest(wider)]
             self.refused += not candidates
             yield from candidates
 
@@ -151,9 +154,19 @@ class Search:
 
     def wider(self, parallel: ParallelSettings) -> Iterator[Candidate]:
         """What is fastest on the same mesh with the next more ranks to a row."""
-        wider = [c for c in divisors(self.grid(parallel).data) if c > parallel.context]
-        if wider and not all(stage.settings.context for stage in self.config.stages):
-            yield from self.fastest(parallel.model_copy(update={"context": wider[0]}))
+        for wider in islice(self.contexts(parallel), 1):
+            yield from self.fastest(wider)
+
+    def contexts(self, parallel: ParallelSettings) -> Iterator[ParallelSettings]:
+        """The same mesh with more ranks to a row, as far as not every stage says that itself."""
+        if not all(stage.settings.context for stage in self._stages):
+            more = (size for size in divisors(self.grid(parallel).data) if size > parallel.context)
+            yield from (parallel.model_copy(update={"context": size}) for size in more)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether some stage says itself how many ranks hold a row."""
+        return any(stage.settings.context for stage in self._stages)
 
     def slower(self, candidate: Candidate) -> Iterator[Candidate]:
         """On the same mesh, what keeps the next less: a smaller micro-batch, or more that is computed again."""
