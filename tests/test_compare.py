@@ -7,6 +7,7 @@ import pytest
 import compare
 from comparison import launch
 from comparison.arms import expand, read_arms
+from run.facts import read_run
 from run.start import refusing
 from settings import Refusal
 from tests.comparison.test_arms import ARMS, BASE
@@ -128,3 +129,66 @@ def test_the_shipped_demonstration_shares_one_base_among_seven_arms(monkeypatch,
                 tokens // 4096 - start // 4096 for tokens in range(start + every, entry.config.total_tokens + 1, every)
             }
             assert entry.config.evals.at_stage_starts and {10, 30, 60} <= asked
+
+
+PAIR = """
+seeds = [0]
+bases.words = "base.toml"
+[arms.dense]
+[arms.moe]
+model.num_dense_layers = 0
+[match]
+to = "dense"
+multiple_of = 1
+"""
+TRAINED = """
+total_tokens = 2048
+tokens_per_step = 256
+device = "cpu"
+precision = "fp32"
+threads = 1
+trial = false
+model.num_layers = 1
+model.width = 16
+model.num_dense_layers = 1
+model.feed_forward_width = 64
+model.attention = { num_heads = 2, num_kv_heads = 2 }
+model.moe = { num_experts = 4, experts_per_token = 2, expert_width = 8 }
+data.sources.words = { kind = "text", path = "words.txt", held_out = 0.1 }
+optimizer = { kind = "adamw", learning_rate = 1e-3 }
+evals.held_out = { lengths = [32], tokens = 512 }
+log = { every_steps = 1, tensorboard = false }
+
+[[context.stages]]
+until_tokens = 2048
+sequence_length = 32
+rotary = { kind = "default", base = 1e4 }
+"""
+
+
+def test_a_dense_run_and_a_mixture_of_its_size_are_trained_and_held_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Trained for real, side by side: the mixture as wide as was found, on the same rows at the same steps."""
+    monkeypatch.chdir(tmp_path)
+    write_words(tmp_path)
+    (tmp_path / "base.toml").write_text(TRAINED)
+    (tmp_path / "pair.toml").write_text(PAIR)
+    call("pair.toml", "jobs=2")
+    said = capsys.readouterr().out
+    assert "words, moe, beside dense: model.moe.expert_width: 8 -> 31" in said and "[2/2]" in said
+    assert "the same data in the same order, 2,048 tokens in 8 steps" in said
+    dense, moe = (read_run(Path(f"runs/pair.words.0.{arm}")) for arm in ("dense", "moe"))
+    assert (
+        moe.config["model"]["moe"]["expert_width"] == 31
+        and "expert_width" in Path("runs/pair/matched.json").read_text()
+    )
+    assert abs(moe.environment["parameters"]["active"] / dense.environment["parameters"]["active"] - 1) < 0.02
+    assert [row["documents"] for row in moe.metrics] == [row["documents"] for row in dense.metrics]
+    assert [row["distances"] for row in moe.metrics] == [row["distances"] for row in dense.metrics]
+    page = Path("runs/pair/comparison.html").read_text()
+    assert "parameters that a token meets" in page and "moe" in page
+    call("pair.toml", "jobs=2")
+    assert "trained in" not in capsys.readouterr().out, "all was there"
+    with pytest.raises(Refusal, match=r"matched.json: moe on words was matched for other settings"):
+        call("pair.toml", "match.by='total'", "--show")
