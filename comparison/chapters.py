@@ -45,6 +45,8 @@ def chapters(
         yield _verdict(found, groups)
     for name, group in groups.items():
         head = f"{name}: " if len(groups) > 1 else ""
+        if head and (table := scores_of(group)):
+            yield ReportSection(f"{head}Scores", "At the end, mean over seeds ± half its 95% interval.", table=table)
         for section in _of_group(group, first, matched):
             yield ReportSection(head + section.title, *_rest(section))
         matched = ()
@@ -73,7 +75,7 @@ def _verdict(found: Sequence[Difference], groups: Mapping[str, Sequence[SeenRun]
         f"evidence of no difference. {summary(found)}"
     )
     told = [f"{each.group}: {each}" if len(groups) > 1 else str(each) for each in found]
-    table = [row for group in groups.values() for row in scores_of(group)] if len(groups) == 1 else []
+    table = scores_of(next(iter(groups.values()))) if len(groups) == 1 else []
     return ReportSection("Verdict", text, table=table, points=told)
 
 

@@ -201,7 +201,7 @@ def test_bases_are_compared_apart(tmp_path: Path) -> None:
     found = differences(runs, resamples=50)
     assert [(each.group, each.arm, each.other) for each in found] == [("x", "b", "a"), ("y", "b", "a")]
     titles = [section.title for section in chapters(runs, found)]
-    assert "x: Arms" in titles and "y: Settings" in titles and titles.count("Verdict") == 1
+    assert "x: Arms" in titles and "x: Scores" in titles and "y: Settings" in titles and titles.count("Verdict") == 1
 
 
 def test_long_runs_are_thinned_and_keep_their_mean() -> None:
