@@ -11,6 +11,7 @@ from checkpoint.identity import read_recorded
 from data.tokenizer import build_tokenizer
 from evals.scoring import Cell
 from model.size import count, flops_per_token
+from moe.words import routing_in_words
 from run.config import RunConfig
 from run.facts import RunFacts, read_run
 from run.metrics import Row
@@ -160,13 +161,7 @@ class SeenRun:
         told = self.environment.get("routing")
         if isinstance(told, str):
             return told
-        config = self.settings
-        if config is None:
-            return ""
-        moe = config.model.moe
-        if moe is None or config.model.num_dense_layers == config.model.num_layers:
-            return "dense"
-        return f"top-{moe.experts_per_token} of {moe.num_experts}, {moe.router.kind}"
+        return "" if self.settings is None else routing_in_words(self.settings.model.routed)
 
     def median(self, key: str) -> float | None:
         """Of one key of the metrics, over rows that have it."""

@@ -82,6 +82,11 @@ class ModelSettings(Section):
     def feed_forward_kind(self, layer: int) -> Literal["dense", "moe"]:
         return "dense" if self.moe is None or layer < self.num_dense_layers else "moe"
 
+    @property
+    def routed(self) -> MoESettings | None:
+        """The experts of layers that have some; None where every layer is dense, whatever `moe` says."""
+        return self.moe if self.num_dense_layers < self.num_layers else None
+
     def layer_kind(self, layer: int) -> LayerKind:
         return self.pattern[layer % len(self.pattern)]
 

@@ -81,12 +81,12 @@ def what_speeds_mean(config: RunConfig, device: Device) -> list[str]:
     """Lines that belong beside every speed of a plan: what time rests on, what MFU is, routing and padding."""
     peak = f"{short(device.peak)} FLOP/s, {device.source}"
     ceilings = f"{short(device.best.product)} FLOP/s and {device.best.bandwidth / 1e12:.3g} TB/s"
-    load = "" if config.model.moe is None else " (even load assumed: the busiest rank holds up the others)"
+    load = "" if config.model.routed is None else " (even load assumed: the busiest rank holds up the others)"
     return [
         f"Time: {rate_in_words(device)}; without evaluation and data. docs/planning.md says what it rests on.",
         f"MFU: the model's operations, forward and backward, causal, none done twice / seconds / peak ({peak}).",
         f"Floor: {ceilings} ({device.best.source}), links as collectives reach them.",
-        f"Routing: {routing_in_words(config.model.moe)}{load}. Padding: 0% of the tokens (rows are packed).",
+        f"Routing: {routing_in_words(config.model.routed)}{load}. Padding: 0% of the tokens (rows are packed).",
     ]
 
 

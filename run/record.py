@@ -66,7 +66,7 @@ class Recorder:
         self.metrics = self.line = None
         if run.world.is_main:
             self.metrics = Metrics(run.folder, progress.step, config.log.tensorboard)
-            self.line = ProgressLine(config.name, config.total_tokens, routing=routing_in_words(config.model.moe))
+            self.line = ProgressLine(config.name, config.total_tokens, routing=routing_in_words(config.model.routed))
         if progress.step:
             run.say(f"{run.folder}: continues at step {progress.step}, {progress.tokens:,} tokens")
         self._restart_window()

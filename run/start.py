@@ -121,7 +121,7 @@ class Run:
             around = {
                 **environment(self.device, self.dtype, self.world.size),
                 "parameters": {"total": size.total, "active": size.active},
-                "routing": routing_in_words(self.config.model.moe),
+                "routing": routing_in_words(self.config.model.routed),
                 **(origin.facts() if origin else {}),
             }
             before = described(self.folder) if has_progress(self.folder) else {}

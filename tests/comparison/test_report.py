@@ -210,3 +210,12 @@ def test_long_runs_are_thinned_and_keep_their_mean() -> None:
     assert curve.mean[1] == pytest.approx([0.5] * MOST_POINTS)
     both = together([[(n, float(n), 1.0) for n in range(10)], [(n, n + 2.0, 3.0) for n in range(5, 15)]])
     assert both.mean == ([n + 1.0 for n in range(5, 10)], [2.0] * 5) and len(both.seeds) == 2
+
+
+def test_a_dense_model_routes_nothing_whatever_its_table_of_experts_says(tmp_path: Path) -> None:
+    from run.config import load_config
+    from settings import to_toml
+
+    config = load_config(Path(__file__).parents[2] / "configs/quickstart_dense.toml", [])
+    assert config.model.moe is not None and config.model.routed is None
+    assert SeenRun("", "a", 0, tmp_path, [], config_toml=to_toml(config)).routing == "dense"
