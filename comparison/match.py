@@ -27,7 +27,7 @@ MEASURES: Mapping[Measure, str] = {
     "active": "parameters that a token meets",
     "flops": "operations of all tokens, attention included",
     "total": "parameters",
-    "seconds": "time of training, as planned",
+    "seconds": "seconds of training",
 }
 FORMS: Mapping[Measure, Callable[[float], str]] = {
     "active": short,
@@ -147,7 +147,8 @@ class Matched:
                 mark = "alike    "
             form = FORMS[measure_name]
             told = f"{form(ours):>8} to {form(theirs):>8}  {ours / theirs - 1:+.1%}"
-            yield f"  {mark} {MEASURES[measure_name]:<45} {told}"
+            how = (", as timed" if self.notes else ", as planned") if measure_name == "seconds" else ""
+            yield f"  {mark} {MEASURES[measure_name] + how:<45} {told}"
         yield from (f"  {note}" for note in self.notes)
 
 
@@ -230,7 +231,7 @@ def timed_match(  # noqa: PLR0917 (as match, and the clock)
 
     time_steps: a step's seconds in each stage. Ends with a size that was timed within the tolerance, or after so many.
     """
-    there, vary = time_steps(other), settings.varied(where)
+    vary, there = settings.varied(where), time_steps(other)
     measures = measure(other, device, _pace(other, device, there))
     paces = {number_of(config, vary): _pace(config, device, time_steps(config))}
     search = Search(config, settings, device, where, lambda run: _pace_at(number_of(run, vary), paces))
@@ -239,12 +240,14 @@ def timed_match(  # noqa: PLR0917 (as match, and the clock)
         turn, last = turn + 1, number_of(found, vary)
         # The plan may be far from the truth far from what was timed.
         found = search.nearest(measures.seconds, (last / REACH, last * REACH))
-        again = time_steps(found)
-        paces[number_of(found, vary)] = _pace(found, device, again)
+        again, beside = time_steps(found), time_steps(other)
+        # Both are timed in turn: a machine that others slow down for a while slows both.
+        slower = planned_seconds(other, device, _pace(other, device, beside)) / measures.seconds
+        paces[number_of(found, vary)] = tuple(each / slower for each in _pace(found, device, again))
         off = search.value_of(found) / measures.seconds - 1
     is_near = abs(off) <= settings.tolerance
     notes = (
-        f"seconds are measured: median steps of {_told(there)} ({settings.to}) and {_told(again)} ({where}), by stage",
+        f"seconds are measured: median steps of {_told(beside)} ({settings.to}) and {_told(again)} ({where}), by stage",
         f"timed again at the size that was found, in round {turn}: {off:+.1%} off"
         + ("" if is_near else f", beyond match.tolerance={settings.tolerance:g}"),
     )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from pydantic import Field
@@ -16,7 +17,7 @@ from data.tokenizer import TokenizerSettings
 from model.transformer import ModelSettings
 from run.config import RunConfig
 from run.files import read_text, write_whole
-from settings import Refusal, Section, differences, to_dict, to_toml, validate
+from settings import Refusal, Section, differences, to_dict, validate
 
 FILE = "matched.json"
 
@@ -93,8 +94,6 @@ class Matching:
     """Of a run that is timed and does not say it: as many as it will have."""
     found: dict[str, Found] = field(default_factory=dict)
     """By `base/arm`, so far."""
-    timed: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds of a step in each stage, by the run's configuration."""
     kept: Mapping[str, Found] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,18 +122,12 @@ class Matching:
     def _search(self, arm: str, config: RunConfig, other: RunConfig, basis: Basis) -> Found:
         device = device_for(other)
         if self.settings.by == "seconds":
-            made = timed_match(config, other, self.settings, device, arm, self._time)
+            made = timed_match(config, other, self.settings, device, arm, partial(time_steps, threads=self.threads))
         else:
             made = match(config, other, self.settings, device, arm)
         return Found(
             basis=basis, numbers=dict(made.changed), measures=made.measures, other=made.other, notes=made.notes
         )
-
-    def _time(self, config: RunConfig) -> list[float]:
-        key = to_toml(config)
-        if key not in self.timed:
-            self.timed[key] = time_steps(config, self.threads)
-        return self.timed[key]
 
 
 def read_kept(folder: Path) -> Kept:

@@ -12,6 +12,7 @@ from comparison.arms import Entry, expand, matched_lines, read_arms
 from comparison.match import MatchSettings, match, measure, timed_match
 from comparison.matched import FILE
 from planning.device import published
+from run.config import RunConfig
 from settings import Refusal
 from tests.comparison.test_launch import TRAINER
 from tests.words import write_words
@@ -152,23 +153,28 @@ def test_what_cannot_be_matched_is_refused(path: Path, before: str, after: str, 
     assert not Path("runs").exists()
 
 
-def test_seconds_are_those_of_timed_steps(path: Path) -> None:
-    """A clock by which an arm's steps cost their width, and the other's 50: the width is 50, and the plan is mended."""
-    asked = []
+@pytest.mark.parametrize("slowing", [0.0, 0.5])
+def test_seconds_are_those_of_timed_steps(path: Path, slowing: float) -> None:
+    """A clock by which an arm's steps cost their width, and the other's 50, on a machine that gets slower and slower:
+    the width is 50, and the plan is mended."""
+    asked: list[int | None] = []
 
-    def clock(config):  # type: ignore[no-untyped-def]
-        is_dense = config.model.num_dense_layers > 0
-        asked.append(None if is_dense else config.model.moe.expert_width)
-        return [50.0 if is_dense else float(config.model.moe.expert_width)]
+    def clock(config: RunConfig) -> list[float]:
+        moe = config.model.moe
+        width = moe.expert_width if moe and not config.model.num_dense_layers else None
+        asked.append(width)
+        return [(1 + slowing * ((len(asked) - 1) // 2)) * (width or 50.0)]
 
     found = runs(path)
     dense, moe = found["t.a.3.dense"].config, found["t.a.3.moe"].config
     settings = MatchSettings(to="dense", by="seconds", multiple_of=1)
     made = timed_match(moe, dense, settings, published("h100"), "moe", clock, rounds=9)
-    assert asked[0] is None and asked[1] == 31 and asked[-1] in (49, 50, 51) and len(asked) > 3
-    assert made.config.model.moe.expert_width == asked[-1]
-    assert made.notes[0].startswith("seconds are measured: median steps of 5e+04 ms (dense) and 5e+04 ms (moe)")
+    assert asked[:2] == [None, 31] and asked[-1] is None and asked[-2] in (49, 50, 51) and len(asked) > 4
+    assert made.config.model.moe is not None and made.config.model.moe.expert_width == asked[-2]
+    assert made.notes[0].startswith("seconds are measured: median steps of ") and "(dense) and" in made.notes[0]
     assert "timed again at the size that was found, in round" in made.notes[1] and "beyond" not in made.notes[1]
+    assert any("matched   seconds of training, as timed" in line for line in made.lines("moe"))
+    asked.clear()
     once = timed_match(moe, dense, settings, published("h100"), "moe", clock, rounds=1)
     assert "beyond match.tolerance=0.02" in once.notes[1]
     plain = match(moe, dense, settings, published("h100"), "moe")
