@@ -114,7 +114,7 @@ def with_tokens(table: dict[str, Any], tokens: float, per_step: int) -> dict[str
     by = tokens / table["total_tokens"]
     scaled: Any = table
     for path in COUNTS:
-        scaled = changed_at(scaled, path.split("."), lambda value, _: max(1, round(value * by)))
+        scaled = changed_at(scaled, path.split("."), lambda value, _: max(1, round(value * by)) if value else value)
     steps = 0
     for stage in scaled["context"]["stages"]:
         stage.pop("tokens_per_step", None)

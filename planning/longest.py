@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import lcm
 
 from context.layout import chunks_of
+from context.rates import Continue
 from context.stages import Stage
 from data.positions import LONGEST
 from model.block import Kind
@@ -135,6 +136,7 @@ def with_length(config: RunConfig, stage: Stage, length: int, num_ranks: int) ->
         "sequence_length": length,
         "growth": None,
         "gate": None,
+        "learning_rate": Continue(),
         "context": ranks,
         "until_tokens": tokens,
         "tokens_per_step": tokens,

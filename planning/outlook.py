@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from model.memory import parts
 from model.size import Size
 from parallel.mesh import Axis, Grid
+from planning.asked import Asked
 from planning.device import Device
 from planning.forecast import Forecast
 from planning.step_parts import Part
@@ -52,14 +53,27 @@ def _sums(told: Sequence[Forecast]) -> Row:
     }
 
 
-def memory_rows(told: Sequence[Forecast], device: Device) -> Iterator[Row]:
-    """Each part of a rank's memory in every stage, their sum, and what the device has."""
+def memory_rows(told: Sequence[Forecast], device: Device, asked: Asked | None = None) -> Iterator[Row]:
+    """Each part of a rank's memory in every stage when most is needed, their sum, what evaluations need in place of
+    activations, and the share of the device that the larger of the two is."""
     title, names = "memory of a rank", [f"stage {forecast.stage.index}" for forecast in told]
     needed = [dict(parts(forecast.needed)) for forecast in told]
     for part in dict.fromkeys(part for stage in needed for part in stage):
         yield {title: part, **dict(zip(names, (gigabytes(stage.get(part, 0)) for stage in needed), strict=True))}
     totals = [forecast.needed.total for forecast in told]
     yield {title: "all", **dict(zip(names, map(gigabytes, totals), strict=True))}
+    if asked is not None:
+        then = [asked.beside(forecast.needed) for forecast in told]
+        evaluation = {
+            f"in evaluation: keys and values, {asked.length:,} tokens": [asked.cache] * len(told),
+            "in evaluation: a forward pass": [asked.forward] * len(told),
+            "in evaluation: the whole model": [asked.whole] * len(told),
+            "in evaluation: all, with weights, gradients, moments": then,
+        }
+        for part, sizes in evaluation.items():
+            if any(sizes):
+                yield {title: part, **dict(zip(names, map(gigabytes, sizes), strict=True))}
+        totals = [max(pair) for pair in zip(totals, then, strict=True)]
     if device.memory is not None:
         shares = (f"{total / device.memory:.1%}" + ("!" if total > device.memory else "") for total in totals)
         yield {title: f"of {gigabytes(device.memory)}", **dict(zip(names, shares, strict=True))}

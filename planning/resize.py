@@ -1,6 +1,7 @@
 """A configuration's model, larger or smaller in the same proportions: the pattern for a budget."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -10,8 +11,12 @@ from model.size import count
 from model.transformer import MOST_LAYERS, ModelSettings
 from settings import Refusal, to_dict, validate
 
-NEAR = 1.25
-"""How far width over depth may be from the pattern's, where it can be kept at all."""
+WIDER = 1.5
+"""How far a width may be from the one that keeps the proportion."""
+BESIDE = 5
+"""Depths that are looked at on either side of the one that comes nearest."""
+BENT = 0.05
+"""What a proportion that is off counts for, beside a size that is."""
 
 
 def resized(pattern: ModelSettings, vocab_size: int, active: float) -> ModelSettings:
@@ -24,29 +29,37 @@ def resized(pattern: ModelSettings, vocab_size: int, active: float) -> ModelSett
     def off(model: ModelSettings) -> float:
         return abs(math.log(count(model, vocab_size).active / active))
 
-    candidates = list(_candidates(pattern, vocab_size, active))
-    best = min(candidates, key=lambda each: (off(each), each.num_layers), default=None)
-    if best is None or off(best) > 0.1:
-        near = "" if best is None else f"; the nearest has {count(best, vocab_size).active:.3g}"
+    def bent(model: ModelSettings) -> float:
+        return abs(math.log(model.width / model.num_layers / (pattern.width / pattern.num_layers)))
+
+    best = min(_candidates(pattern, vocab_size, active), key=lambda each: off(each) + BENT * bent(each))
+    if off(best) > 0.1:
         raise Refusal(
-            f"no model of this shape has about {active:.3g} parameters for a token{near}: try another budget, or a"
+            f"no model of this shape has about {active:.3g} parameters for a token; the nearest has"
+            f" {count(best, vocab_size).active:.3g}: try another budget, or a"
             " configuration with a smaller vocabulary or fewer channels a head"
         )
     return best
 
 
 def _candidates(pattern: ModelSettings, vocab_size: int, active: float) -> Iterator[ModelSettings]:
-    """Of every depth, the widths around what keeps the proportion, as far as they keep it about."""
+    """Of every depth that comes near, the widths around what keeps the proportion."""
     unit, ratio = _unit(pattern), pattern.width / pattern.num_layers
     least = 2 if pattern.num_dense_layers and pattern.moe else 1
-    for depth in range(least, MOST_LAYERS + 1):
+
+    def widths(depth: int) -> list[int]:
         number = depth * ratio / unit
-        for times in sorted({max(1, math.floor(number)), math.ceil(number)}):
-            if not 1 / NEAR <= times / number <= NEAR and depth > least:
-                continue
-            yield scaled(pattern, depth, times * unit)
-        if count(scaled(pattern, depth, max(1, math.floor(number)) * unit), vocab_size).active > 2 * active:
-            return
+        about = max(1, math.floor(number))
+        near = (n for n in range(about - 1, about + 3) if 1 / WIDER <= n / number <= WIDER)
+        return [unit * n for n in (set(near) or {about})]
+
+    def size(depth: int) -> int:
+        return count(scaled(pattern, depth, max(1, round(depth * ratio / unit)) * unit), vocab_size).active
+
+    depths = range(least, MOST_LAYERS + 1)
+    about = depths[min(bisect_left(depths, active, key=size), len(depths) - 1)]
+    for depth in range(max(least, about - BESIDE), min(MOST_LAYERS, about + BESIDE) + 1):
+        yield from (scaled(pattern, depth, width) for width in widths(depth))
 
 
 def scaled(pattern: ModelSettings, depth: int, width: int) -> ModelSettings:

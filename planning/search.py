@@ -16,7 +16,8 @@ from itertools import islice
 from context.lengths import divisors
 from context.stages import Stage
 from model.block import Kind
-from model.memory import States, memory
+from model.memory import memory
+from model.share import States
 from model.size import Size, count
 from parallel.mesh import Grid, ParallelSettings, grid_of
 from parallel.pipeline import check_microbatches
