@@ -5,6 +5,7 @@ import sys
 
 from model.size import count
 from parallel.mesh import grid_of
+from planning.asked import asked_of
 from planning.budget_words import plan_budget
 from planning.forecast import forecasts
 from planning.given import choose, choose_ranks, look_at_data, what_speeds_mean
@@ -39,9 +40,10 @@ def whole_plan(arguments: argparse.Namespace) -> None:
     vocab_size, documents_of, looked_at = look_at_data(config, is_wanted=not arguments.no_data)
     device = choose(config, arguments)
     told = list(forecasts(config, vocab_size, num_ranks, device, documents_of))
+    asked = asked_of(config, vocab_size, num_ranks, device.numbers)
     print(size_in_words(count(config.model, vocab_size)))
     print(mesh_in_words(grid_of(config.parallel, num_ranks), device.links.ranks_per_node))
-    for rows in (stage_rows(told), memory_rows(told, device), time_rows(told), roofline_rows(told, device)):
+    for rows in (stage_rows(told), memory_rows(told, device, asked), time_rows(told), roofline_rows(told, device)):
         print("", *table(list(rows)), sep="\n")
     print(f"\n{num_ranks} x {device.name}; {looked_at}. FLOP are the model's, forward and backward, of what")
     print(

@@ -164,6 +164,8 @@ def _moe(  # noqa: PLR0917 (what of a layer is known by then)
         shared += cast + c * (D + 1)
     # The router reads fp32, whatever products take, and experts a cast of it.
     scores = FP32 * D + SCORES[moe.router.kind](numbers) * num_scored(moe)
+    if getattr(moe.router, "jitter", 0.0):  # what it is multiplied with, and the product beside what experts read
+        scores += FP32 * D * (1 if numbers.is_cast else 2)
     plain = 1 if moe.router.scale == 1.0 else 2
     has_gaps = moe.router.kind == "expert_choice" or moe.capacity is not None or moe.null_experts is not None
     choice = (INT64 + FP32 * plain + (INT64 + FP32 + 1 if has_gaps else 0)) * num_slots(moe)

@@ -2,74 +2,30 @@
 
 What stays from forward to backward is counted tensor by tensor (`kept.py`), exactly but for a few bytes a layer, where
 no slot of an expert is dropped. What a moment needs beside it is an estimate, as kernels allocate what they like. Not
-counted: what an allocator wastes, masks that a backend draws for windows, the rows of text (45 bytes a token).
+counted: masks that a backend draws for windows, copies that it makes of short documents of unlike lengths, the rows of
+text (45 bytes a token). What an allocator cannot use is a share of the rest, and rough.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from typing import get_args
 
 from attention.attention import AttentionSettings, channels_per_head
 from model.block import Kind
 from model.feed_forward import BLOCK_ROWS
-from model.kept import FP32, LayerBytes, Numbers, Ranks, kept
+from model.kept import FP32, LayerBytes, Ranks, kept
+from model.passing import dispatch, exchange, gathered
+from model.share import Share, States
 from model.transformer import ModelSettings, build_model
-from model.work import Cuts, head, products
+from model.work import Cuts, products
 from optim.groups import is_hidden_matrix
 
-
-@dataclass(frozen=True)
-class States:
-    """Bytes that a rank has between steps, besides gradients, which are as large as its weights."""
-
-    weights: int
-    moments: int
-    """The optimizer's."""
-    flat: int = 0
-    """The most gradients that are added up over ranks in one piece."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one rank is given to do at a time, and how."""
-
-    num_tokens: int
-    """Of one micro-batch, on this rank: of rows that several ranks hold, its part."""
-    numbers: Numbers
-    recompute: Kind | Sequence[Kind] = "none"
-    """What is computed again, of all layers alike or of each."""
-    offload: bool = False
-    """What layers keep is in host memory, but for one that writes and one that reads; on CPUs nothing moves."""
-    loss_chunk: int = 4096
-    num_ranks: int = 1
-    """All ranks of the run."""
-    expert_ranks: int = 1
-    """How many hold the experts together."""
-    expert_shard_ranks: int = 1
-    """How many cut each of those experts among them."""
-    shard_ranks: int = 1
-    """How many cut all other weights."""
-    stays_whole: bool = False
-    """Whether what is gathered of weights, and their gradients, are there until the step ends, as pipelines have it."""
-    tensor_ranks: int = 1
-    """How many cut heads and inner channels, and share out the tokens between layers."""
-    row_ranks: int = 1
-    """How many hold each row together."""
-    methods: tuple[str, ...] = ()
-    """How attention reaches over those, by name: see `context.methods`."""
-    layers: tuple[int, ...] | None = None
-    """Those of this rank; None: all."""
-    has_embedding: bool = True
-    has_head: bool = True
-    in_flight: float = 1.0
-    """Micro-batches whose activations are there at a time, as if each went through all of this rank's layers."""
-    states: States | None = None
-    """None: those of the whole model, where ranks share experts at most."""
-
-    def kind(self, layer: int) -> Kind:
-        """What is computed again of one layer."""
-        return self.recompute if isinstance(self.recompute, str) else self.recompute[layer]
+MARGIN = 0.05
+"""Blocks of torch's CUDA allocator are cut from segments of 2 and 20 MiB or more and do not always fit together.
+Reports of runs that ran out of memory have 5% more reserved than allocated (hpcaitech/ColossalAI, discussion 2907);
+GMLake (Guo et al. 2024) found 15% on average where recomputation and offloading mix sizes. Not measured here."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +34,7 @@ class Memory:
 
     weights: int
     gradients: int
+    """Those that are there when most is needed: all of them from a step's second micro-batch on."""
     moments: int
     """The optimizer's."""
     residual: int
@@ -90,11 +47,24 @@ class Memory:
     copies: int
     """Weights in low precision."""
     temporary: int
-    """The most that is needed at one moment beside all that: the logits of a chunk, a layer on its way back."""
+    """What is needed beside all that when most is: by a layer on its way back; 0 where logits need more."""
+    logits: int
+    """Of a chunk, with the gradients of hidden states and head, where most is needed then; else 0."""
+    gone: int
+    """Less than 0: activations that layers have given up before most is needed."""
+    dispatch: int
+    """Tokens' gradients that go between ranks that share experts, in one layer; what came is kept by the experts."""
     gathered: int
     """Whole weights that ranks have cut, of the layers at work and of the ends, and gradients on their way there."""
     exchange: int
     """Keys and values of other ranks and their gradients, in one layer. Rough: as if every key were read."""
+    margin: float = 0.0
+    """The share of all that which an allocator has besides and cannot use: `MARGIN` on GPUs, nothing on CPUs."""
+
+    @property
+    def fragmentation(self) -> int:
+        """Room that an allocator cannot use."""
+        return int(self.margin * self.used)
 
     @property
     def states(self) -> int:
@@ -108,8 +78,14 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The most at any moment. From the second micro-batch on, as in the first gradients are made one by one."""
-        return self.states + self.activations + self.temporary + self.gathered + self.exchange
+        """The most at any moment, with what the allocator cannot use."""
+        return self.used + self.fragmentation
+
+    @property
+    def used(self) -> int:
+        """The most that tensors take at any moment."""
+        beside = self.temporary + self.logits + self.gone
+        return self.states + self.activations + beside + self.dispatch + self.gathered + self.exchange
 
 
 def memory(settings: ModelSettings, vocab_size: int, optimizer: str, share: Share) -> Memory:
@@ -128,16 +104,25 @@ def memory(settings: ModelSettings, vocab_size: int, optimizer: str, share: Shar
     sums["residual"] += _ends(settings, share)
     # Copies of weights are made anew for each micro-batch, and those in flight have copies of their own.
     sums = {name: int(value * share.in_flight) for name, value in sums.items()}
-    moment = max(_loss(settings, vocab_size, share), _backward(own, layers, share))
+    logits = _loss(settings, vocab_size, share)
+    peaks = [(0.0, logits, logits), *((made, needed, 0) for made, needed in _backward(own, layers, share))]
+    peaks = [(1.0 if share.has_earlier else made, needed, chunk) for made, needed, chunk in peaks]
+    # Gradients are exchanged in one piece, when activations are gone.
+    peaks.append((1.0, held.flat - sum(sums.values()), 0))
+    made, needed, logits = max(peaks, key=lambda peak: peak[0] * held.weights + peak[1])
+    going = min(dispatch(settings, share), max(needed - logits, 0))
     return Memory(
         weights=held.weights,
-        gradients=held.weights,
+        gradients=int(made * held.weights),
         moments=held.moments,
         **sums,
-        # Gradients are exchanged in one piece, when activations are gone.
-        temporary=max(moment, held.flat - sum(sums.values())),
-        gathered=_gathered(settings, vocab_size, share),
-        exchange=_exchange(own, share),
+        temporary=max(needed - logits, 0) - going,
+        dispatch=going,
+        logits=logits,
+        gone=min(needed, 0),
+        gathered=gathered(settings, vocab_size, share),
+        exchange=exchange(own, share),
+        margin=0.0 if share.numbers.device == "cpu" else MARGIN,
     )
 
 
@@ -156,6 +141,7 @@ def cut_settings(settings: ModelSettings, tensor_ranks: int) -> ModelSettings:
     return settings.model_copy(update=update)
 
 
+@lru_cache(maxsize=64)
 def states(settings: ModelSettings, vocab_size: int, optimizer: str, expert_ranks: int = 1) -> tuple[int, int]:
     """(weights, the optimizer's moments) on a rank: exactly, of shapes on the meta device."""
     weights = moments = 0
@@ -190,27 +176,6 @@ def _ends(settings: ModelSettings, share: Share) -> int:
     return between + whole + tokens * FP32 * table
 
 
-def _gathered(settings: ModelSettings, vocab_size: int, share: Share) -> int:
-    """Two layers' weights, one at work and the next on its way; the gradients of as many, and in fp32 to be summed;
-    and embedding and head in fp32, as long as a micro-batch takes, with their gradients. Of a pipeline's rank, the
-    weights of all its layers, and their gradients in fp32."""
-    if share.shard_ranks == 1:
-        return 0
-    here = share.layers or tuple(range(settings.num_layers))
-    cuts, c = Cuts(share.tensor_ranks, share.expert_ranks), share.numbers.itemsize
-
-    def cut_weights(layer: int) -> float:
-        made = products(settings, layer, 1, cuts)
-        return sum(p.weights for p in made if p.kind != "experts" or share.expert_shard_ranks > 1)
-
-    weights = cut_weights(here[-1])
-    end = head(settings, vocab_size, 1, cuts).weights
-    ends = end * (share.has_head + (share.has_embedding and not settings.tied_embeddings))
-    if share.stays_whole:
-        return int(sum(map(cut_weights, here)) * (c + FP32) + weights * FP32 + 2 * FP32 * ends)
-    return int(min(2, len(here)) * weights * c + weights * (c + FP32) + 2 * FP32 * ends)
-
-
 def _loss(settings: ModelSettings, vocab_size: int, share: Share) -> int:
     """While the logits of the last chunk exist, with the gradients of hidden states and head made beside them."""
     if not share.has_head:
@@ -224,24 +189,30 @@ def _loss(settings: ModelSettings, vocab_size: int, share: Share) -> int:
     return made + casts + chunk * vocab_size * logits
 
 
-def _backward(settings: ModelSettings, layers: dict[int, LayerBytes], share: Share) -> int:
-    """The most that a layer needs on the way back, less what the layers above it have already given up."""
-    kept = [_sum(layer) for layer in layers.values()]
+def _backward(settings: ModelSettings, layers: dict[int, LayerBytes], share: Share) -> Iterator[tuple[float, int]]:
+    """Of each layer on the way back: (the share of gradients made above it, what it needs, less what layers above have
+    already given up: all but what routers decided, which the balance of the step is made of)."""
+    kept = [_sum(layer) - layer.router for layer in layers.values()]
     above = [sum(kept) - below for below in accumulate(kept)]
-    return max(_on_the_way_back(settings, layer, share) - freed for layer, freed in zip(layers, above, strict=True))
+    cuts = Cuts(1, share.expert_ranks)
+    weights = [sum(p.weights for p in products(settings, layer, 1, cuts)) for layer in layers]
+    made = [1 - below / sum(weights) for below in accumulate(weights)]
+    for layer, freed, share_made in zip(layers, above, made, strict=True):
+        yield share_made, _on_the_way_back(settings, layer, share) - freed
 
 
 def _on_the_way_back(settings: ModelSettings, layer: int, share: Share) -> int:
-    """Of a layer: what is made once more, the gradient of the residual stream, and the half that needs more."""
-    again, kind = 0, share.kind(layer)
+    """Of a layer: what is made once more, the gradient of the residual stream, and the half that needs more.
+
+    The other half's share of what the layer keeps is gone when attention's turn comes.
+    """
+    again, kind, whole = 0, share.kind(layer), _kept(settings, layer, share, "none")
     if kind != "none":
-        again = _sum(_kept(settings, layer, share, "none")) - _sum(_kept(settings, layer, share, kind))
+        again = _sum(whole) - _sum(_kept(settings, layer, share, kind))
     half = _dense_backward if settings.feed_forward_kind(layer) == "dense" else _moe_backward
-    return (
-        again
-        + FP32 * share.num_tokens * settings.width // share.tensor_ranks
-        + max(half(settings, share), _attention_backward(settings, share))
-    )
+    attention = _attention_backward(settings, share) - whole.feed_forward - whole.experts
+    stream = FP32 * share.num_tokens * settings.width // share.tensor_ranks
+    return again + stream + max(half(settings, share), attention)
 
 
 def by_kind(settings: ModelSettings, layer: int, share: Share) -> tuple[dict[Kind, int], int]:
@@ -284,36 +255,11 @@ def _attention_backward(settings: ModelSettings, share: Share) -> int:
     return share.num_tokens * (share.numbers.itemsize * (2 * query + keys) + FP32 * 2 * query)
 
 
-def _exchange(settings: ModelSettings, share: Share) -> int:
-    """The most that one layer holds of other ranks' keys and values, on the way back, when their gradients go home."""
-    if share.row_ranks == 1:
-        return 0
-    attention, c = settings.attention, share.numbers.itemsize
-    if isinstance(attention, AttentionSettings):
-        C = channels_per_head(attention, settings.width)
-        keys, heads = 2 * attention.num_kv_heads * C, 3 * attention.num_heads * C
-    else:
-        keys = attention.latent_rank + attention.rope_channels
-        heads = attention.num_heads * (2 * attention.latent_rank + keys)
-    with_gradients = (c + FP32) * keys
-    by_method = {name: count(share.row_ranks, with_gradients, c * (heads + keys)) for name, count in EXCHANGE.items()}
-    return share.num_tokens * max((by_method[name] for name in share.methods), default=0)
-
-
-EXCHANGE: dict[str, Callable[[int, int, int], int]] = {
-    "ring": lambda ranks, keys, heads: 2 * keys,  # what is worked on and what arrives
-    "gather": lambda ranks, keys, heads: ranks * keys,
-    "groupcast": lambda ranks, keys, heads: ranks * keys,
-    "ulysses": lambda ranks, keys, heads: 2 * heads,  # what is sent and what came, of queries, answers and gradients
-    "usp": lambda ranks, keys, heads: 2 * keys + 2 * heads,
-}
-"""(ranks, bytes of a token's keys and values with gradients, bytes of all its heads) to bytes for each own token."""
-
-
 def _sum(kept: LayerBytes) -> int:
     return kept.per_token + kept.copies
 
 
 def parts(needed: Memory) -> Iterator[tuple[str, int]]:
-    """Every part that there is any of, by name."""
-    return ((name.replace("_", " "), value) for name, value in vars(needed).items() if value)
+    """Every part that there is any of, by name; together they are `total`."""
+    told = {**vars(needed), "margin": 0, "fragmentation": needed.fragmentation}
+    return ((name.replace("_", " "), value) for name, value in told.items() if value)

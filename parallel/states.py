@@ -8,7 +8,8 @@ from typing import cast
 import torch.distributed as dist
 from torch import nn
 
-from model.memory import FP32, States
+from model.kept import FP32
+from model.share import States
 from model.transformer import ModelSettings, Transformer, build_model
 from optim.groups import is_hidden_matrix
 from parallel.apply import sums_of

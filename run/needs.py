@@ -6,8 +6,9 @@ from dataclasses import replace
 from context.step_plan import StepPlan
 from model.block import Kind
 from model.kept import Numbers
-from model.memory import Memory, Share, States, by_kind, memory, states
+from model.memory import Memory, by_kind, memory, states
 from model.repeated import repeated_by_layer
+from model.share import Share, States
 from parallel.budget import Layer, cheapest
 from parallel.mesh import Grid, grid_of
 from parallel.pipeline_part import layers_of
@@ -124,6 +125,7 @@ def share_of(config: RunConfig, step: StepPlan, grid: Grid, numbers: Numbers) ->
         recompute=kind_of(config),
         offload=config.offload,
         loss_chunk=config.loss_chunk,
+        has_earlier=grid.pipeline > 1 or microbatches_of(config, step, grid) > 1,
         num_ranks=grid.size,
         expert_ranks=grid.expert,
         expert_shard_ranks=grid.length("expert_shard"),

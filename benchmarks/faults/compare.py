@@ -8,7 +8,7 @@ from typing import Any
 
 Row = dict[str, Any]
 ROWS = ("metrics.jsonl", "evals.jsonl")
-MEASURED = ("_per_second", "_bytes", "_seconds", "seconds", "utilization")
+MEASURED = ("_per_second", "_bytes", "_seconds", "seconds", "utilization", "mfu")
 """How the names of what a clock or an allocator measures end: no two runs agree on them."""
 TOLD = ("config.toml", "materials.json")
 """The files beside the rows and the checkpoints that say what was trained."""

@@ -14,8 +14,9 @@ import train
 from checkpoint.identity import read_recorded
 from model.block import Block, Kind
 from model.kept import Numbers
-from model.memory import Share, States, memory, states
+from model.memory import memory, states
 from model.repeated import repeated_flops
+from model.share import Share, States
 from model.transformer import build_model
 from parallel import budget
 from parallel.budget import Choice, Layer, cheapest

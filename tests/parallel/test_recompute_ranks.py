@@ -13,7 +13,8 @@ import torch.distributed as dist
 from attention.mask import Documents, Mask
 from model.block import Kind
 from model.kept import Numbers
-from model.memory import Share, memory
+from model.memory import memory
+from model.share import Share
 from parallel.offload import offload_layers
 from parallel.recompute import KINDS
 from tests.model.alive import Alive

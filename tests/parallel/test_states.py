@@ -3,6 +3,7 @@
 import itertools
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ class Living(TorchDispatchMode):
 def told_of(config: RunConfig, size: int) -> Memory:
     """What arithmetic says of the first rank."""
     step = config.stages[0].longest_step()
-    share = next(iter(shares_of(config, 257, step, size, CPU)))
+    share = replace(next(iter(shares_of(config, 257, step, size, CPU))), has_earlier=True)
     return memory(config.model, 257, config.optimizer.kind, share)
 
 
