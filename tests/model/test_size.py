@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from context.rotary import DefaultRotary
 from model.initialize import initialize
 from model.loss import cross_entropy
-from model.size import count, flops_per_token, mean_keys
+from model.size import count, flops_per_token, keys_seen, mean_keys, pairs_seen, step_flops
 from model.transformer import ModelSettings, build_model
 from settings import validate
 
@@ -170,6 +170,92 @@ def test_operations_equal_torchs_counter(tiny_settings, moe: dict | None, attent
     # Attention's backward pass makes the scores again from queries and keys; nothing recomputed is in our number.
     again = settings.num_layers * rows * length * length * 2 * attention["num_heads"] * score_channels
     assert counter.get_total_flops() == pytest.approx(ours + again, rel=0.01)
+
+
+SHAPES: dict[str, dict] = {
+    "tied": {"tied_embeddings": True},
+    "as many keys as queries": {"attention": {"num_heads": 4, "num_kv_heads": 4}},
+    "one key for all": {"attention": {"num_heads": 4, "num_kv_heads": 1, "head_norms": True}},
+    "wide heads": {"attention": {"num_heads": 2, "num_kv_heads": 1, "channels": 40}},
+    "windows": {"attention": {"num_heads": 4, "num_kv_heads": 2, "window": 8}, "pattern": ["window", "full"]},
+    "three layers, wide inside": {"num_layers": 3, "feed_forward_width": 200},
+    "latent": {"attention": LATENT, "tied_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_dense_shape_equals_torchs_counter(tiny_settings, shape: str) -> None:
+    """To a rounding: the counter sees whole score matrices in windows too, and the scores that are made again."""
+    rows, length, vocab_size = 2, 32, 61
+    attention = {"num_heads": 4, "num_kv_heads": 2, **SHAPES[shape].get("attention", {}), "backend": "reference"}
+    if attention.get("kind") == "latent":
+        attention.pop("num_kv_heads")
+    settings = tiny_settings(**{"num_layers": 2, **SHAPES[shape], "attention": attention})
+    counted = counted_by_torch(settings, vocab_size, rows, length)
+    H = settings.attention.num_heads
+    score_channels = 8 if attention.get("kind") == "latent" else attention.get("channels", settings.width // H)
+    again = settings.num_layers * rows * length * length * 2 * H * score_channels
+    ours = flops_per_token(settings, vocab_size, length, causal=False) * rows * length
+    assert counted == pytest.approx(ours + again, rel=1e-9)
+
+
+def counted_by_torch(settings: ModelSettings, vocab_size: int, rows: int, length: int) -> int:
+    """Forward and backward, of random tokens."""
+    model = build_model(settings, vocab_size)
+    initialize(model, 0, "cpu")
+    model.use_rotary(DefaultRotary(base=10_000.0))
+    tokens = torch.randint(vocab_size, (rows, length))
+    with FlopCounterMode(display=False) as counter:
+        hidden, _ = model(tokens)
+        cross_entropy(hidden.flatten(0, 1), model.head_weight, tokens.flatten(), None, chunk=32).weighted.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"num_experts": 5, "experts_per_token": 3, "expert_width": 24},
+        {"num_shared_experts": 2, "shared_gate": True},
+        {"experts_per_token": 1, "router": {"kind": "softmax", "normalize": False}},
+        {"router": {"kind": "hash"}, "balance": []},
+    ],
+    ids=["three of five", "shared", "one", "hash"],
+)
+def test_a_mixtures_operations_are_those_counted_by_hand_and_in_its_loop(tiny_settings, moe: dict) -> None:
+    """By hand to the last operation; under the counter the experts are a loop of plain products."""
+    rows, length, V, D = 2, 32, 61, 32
+    table = {"num_experts": 4, "experts_per_token": 2, "expert_width": 16, "experts": "loop", **moe}
+    attention = {"num_heads": 4, "num_kv_heads": 2, "backend": "reference"}
+    dense = {"num_layers": 2, "num_dense_layers": 1, "feed_forward_width": 80, "width": D}
+    settings = tiny_settings(**dense, attention=attention, moe=table)
+    E, K, F = (table[key] for key in ("num_experts", "experts_per_token", "expert_width"))
+    S = table.get("num_shared_experts", 0)
+    projections = 2 * (D * D + 2 * D * D // 2 + D * D)  # queries, keys and values of half the heads, what comes out
+    inside = 3 * D * 80 + 3 * D * F * (K + S) + D * E + (D if table.get("shared_gate") else 0)
+    scores = 2 * 2 * D  # two layers, queries and values of all heads
+    by_hand = 6 * (projections + inside + D * V) + 6 * scores * length
+    assert flops_per_token(settings, V, length, causal=False) == by_hand
+    again = 2 * rows * length * length * 2 * D
+    assert counted_by_torch(settings, V, rows, length) == pytest.approx(by_hand * rows * length + again, rel=1e-9)
+
+
+def test_a_steps_operations_are_those_of_its_documents_and_of_the_rows_its_experts_computed(tiny_settings) -> None:
+    attention = {"num_heads": 4, "num_kv_heads": 2, "window": 8}
+    settings = tiny_settings(pattern=["window", "full"], attention=attention, moe={"num_shared_experts": 1})
+    lengths = [40, 3, 1, 20]
+    for view in (None, 1, 8, 100):
+        seen = [min(place + 1, view or 100) for length in lengths for place in range(length)]
+        assert keys_seen(lengths, view) == sum(seen)
+    half = settings.num_layers // 2
+    assert pairs_seen(settings, lengths) == half * (keys_seen(lengths, 8) + keys_seen(lengths, None))
+    assert pairs_seen(settings, lengths, 4) == settings.num_layers * keys_seen(lengths, 4)
+    whole = step_flops(settings, 61, 64, pairs_seen(settings, [64]))
+    assert whole == pytest.approx(64 * flops_per_token(settings, 61, 64), rel=1e-12)
+    assert settings.moe is not None
+    slots = settings.num_layers * 64 * settings.moe.experts_per_token
+    assert step_flops(settings, 61, 64, pairs_seen(settings, [64]), slots) == whole
+    row = 6 * 3 * settings.width * settings.moe.expert_width
+    assert whole - step_flops(settings, 61, 64, pairs_seen(settings, [64]), slots - 7) == 7 * row
 
 
 def test_causal_attention_counts_the_keys_that_are_seen() -> None:
