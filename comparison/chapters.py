@@ -253,13 +253,14 @@ def most_important(group: Sequence[SeenRun]) -> "Figure | None":
     axes = axes_of(group)
     if not axes:
         return None
-    content = [_loss_panel(group, axes[0])]
+    shared = [axis for axis in axes if all(run.track(axis)[0] for run in group if run.metrics)] or axes
+    content = [_loss_panel(group, shared[0])]
     if any(run.tasks("held_out") for run in group):
-        content.append(_held_out_panel(group, "flops" if "flops" in axes else axes[0]))
+        content.append(_held_out_panel(group, "flops" if "flops" in shared else shared[0]))
     task = next((task for run in group for task in run.tasks("needle")), None)
     if task:
         content.append(_reach(group, task))
-    content += [_loss_panel(group, axis) for axis in axes[1:]][: MOST_IN_A_ROW - len(content)]
+    content += [_loss_panel(group, axis) for axis in shared[1:]][: MOST_IN_A_ROW - len(content)]
     return panels(content, columns=len(content))
 
 

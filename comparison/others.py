@@ -92,9 +92,9 @@ def read_other(path: Path, label: str, group: str = "") -> SeenRun:
         return replace(run, seed=seed if isinstance(seed, int) else None)
     if not file.is_file():
         raise Refusal(f"{path}: holds neither config.toml nor metrics.jsonl, so it is no run; give a run's folder")
-    metrics = list(read_foreign(file))
+    metrics, names = read_foreign(file)
     evals = [row for row in read_rows(folder / "evals.jsonl", EvalsRow) if row.get("moment") != "start"]
-    notes = [f"read as somebody else's metrics: {', '.join(sorted({key for row in metrics for key in row}))}"]
+    notes = [f"somebody else's metrics: {', '.join(f'{key} from {name}' for key, name in names.items())}"]
     lacking = [key for key in ("tokens", "tokens_per_second") if all(row.get(key) is None for row in metrics)]
     if "tokens" in lacking:
         notes.append("no count of tokens (tokens, consumed_tokens, ...): left out of what is drawn against tokens")
@@ -107,9 +107,10 @@ def read_other(path: Path, label: str, group: str = "") -> SeenRun:
                    metrics, evals, environment=environment, notes=tuple(notes))  # fmt: skip
 
 
-def read_foreign(path: Path) -> Iterator[Row]:
+def read_foreign(path: Path) -> tuple[list[Row], dict[str, str]]:
     """Rows under our names, by step, a step that stands twice as it stands last; those without a loss are left out.
 
+    Beside them what each key is called in the file.
     Raises Refusal naming file, line and key where a line is no object, or no line has a step or a loss.
     """
     rows: dict[int, Row] = {}
@@ -122,12 +123,13 @@ def read_foreign(path: Path) -> Iterator[Row]:
                 f"{path}, line {number}: {key} is not there, nor on any later line; it may be called "
                 f"{', '.join(ALIASES[key][:6])}, ...; here are {', '.join(list(flat)[:12]) or 'no keys'}"
             )
+    names = {key: name for key, name in chosen.items() if name is not None}
     for number, flat in lines:
-        row = _row(path, number, flat, {key: name for key, name in chosen.items() if name is not None})
+        row = _row(path, number, flat, names)
         if "step" in row and "loss" in row:
             rows[row["step"]] = row
     found = [rows[step] for step in sorted(rows)]
-    yield from found[:: max(1, len(found) // KEPT_EVERY)]
+    return found[:: max(1, len(found) // KEPT_EVERY)], names
 
 
 def _first(names: Iterable[str], lines: Sequence[tuple[int, Mapping[str, Any]]]) -> str | None:

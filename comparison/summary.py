@@ -69,16 +69,19 @@ def unlike(runs: Sequence[SeenRun], first: str | None = None) -> Iterator[str]:
     arms = arms_of(runs)
     names = sorted(arms, key=lambda arm: arm != first) if first in arms else list(arms)
     for arm in names[1:]:
-        parts = []
+        parts, unknown = [], []
         for title in COMPARED:
             ours, theirs = (_mean(arms[name], NUMBERS[title][0]) for name in (arm, names[0]))
-            if ours and theirs and abs(ours / theirs - 1) >= TOLD_FROM:
+            if not ours or not theirs:
+                unknown.append(title)
+            elif abs(ours / theirs - 1) >= TOLD_FROM:
                 parts.append(f"{title} {ours / theirs - 1:+.1%}")
         routing = [arms[name][0].routing for name in (arm, names[0])]
         machine = [_machine(arms[name][0]) for name in (arm, names[0])]
         parts += [f"routing {routing[0]} in place of {routing[1]}"] if all(routing) and len(set(routing)) > 1 else []
         parts += ["another machine"] if len(set(machine)) > 1 and UNKNOWN not in machine else []
-        yield f"{arm} beside {names[0]}: {', '.join(parts) or 'nothing told here differs'}"
+        told = ", ".join(parts) or ("nothing that is known of both differs" if unknown else "nothing told here differs")
+        yield f"{arm} beside {names[0]}: {told}" + (f"; not known of both: {', '.join(unknown)}" if unknown else "")
 
 
 def notes_of(runs: Sequence[SeenRun]) -> Iterator[str]:

@@ -46,6 +46,8 @@ def _notes(runs: Sequence[SeenRun], arm: str, other: str, found: Difference) -> 
     if all(tokens.values()) and len(tokens[arm] | tokens[other]) > 1:
         told = [" or ".join(map(short, sorted(each))) for each in tokens.values()]
         yield f"after {told[0]} and {told[1]} tokens"
+    if found.measure.name == "loss" and any(not run.config for run in runs):
+        yield "nats a token compare only where tokenizer and text are the same"
     if found.seeds and None not in found.seeds:
         alone = [run.name for run in runs if run.seed not in found.seeds and run.name not in found.lost]
         if alone:

@@ -30,13 +30,13 @@ def write(folder: Path, *rows: object) -> Path:
     ],
 )
 def test_names_that_others_give(row: dict, tmp_path: Path) -> None:
-    (found,) = read_foreign(write(tmp_path, row))
+    ((found,), _) = read_foreign(write(tmp_path, row))
     assert (found["step"], found["tokens"], found["loss"]) == (7, 700, 2.5) and isinstance(found["step"], int)
 
 
 def test_units_are_ours(tmp_path: Path) -> None:
     row = {"step": 1, "loss": 2, "mfu(%)": 40.0, "memory/max_reserved(GiB)": 2.0, "throughput(tps)": 9.0}
-    (found,) = read_foreign(write(tmp_path, row))
+    ((found,), _) = read_foreign(write(tmp_path, row))
     assert found["mfu"] == 0.4 and found["peak_memory_bytes"] == 2**31 and found["tokens_per_second"] == 9.0
 
 
@@ -51,7 +51,7 @@ def test_rows_without_a_loss_are_others_and_the_last_of_a_step_counts(tmp_path: 
     )
     with path.open("a") as file:
         file.write('{"step": 4, "lo')
-    assert [(row["step"], row["loss"]) for row in read_foreign(path)] == [(1, 9.0), (2, 2.0), (3, None)]
+    assert [(row["step"], row["loss"]) for row in read_foreign(path)[0]] == [(1, 9.0), (2, 2.0), (3, None)]
 
 
 @pytest.mark.parametrize(
@@ -70,12 +70,13 @@ def test_rows_without_a_loss_are_others_and_the_last_of_a_step_counts(tmp_path: 
 )
 def test_what_cannot_be_read_is_refused_by_file_line_and_key(rows: list, words: str, tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=words):
-        list(read_foreign(write(tmp_path / "x", *rows)))
+        (read_foreign(write(tmp_path / "x", *rows)))
 
 
 def test_a_run_of_others_says_what_is_not_known_of_it(tmp_path: Path) -> None:
     run = read_other(write(tmp_path / "theirs", {"iteration": 1, "loss": 2.0}).parent, "theirs")
     assert run.seed is None and run.tokens is None and run.points[0].tokens is None and run.points[0].flops is None
+    assert run.notes[0] == "somebody else's metrics: step from iteration, loss from loss"
     assert any("no count of tokens" in note for note in run.notes) and any("no FLOPs" in note for note in run.notes)
 
 

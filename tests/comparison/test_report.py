@@ -104,8 +104,9 @@ def test_arms_that_are_unlike_are_told(tmp_path: Path) -> None:
     write_run(tmp_path / "b", [held_out(2.0)])
     (tmp_path / "b" / "environment.json").write_text(json.dumps({"parameters": {"total": 6000, "active": 2000}}))
     runs = compare_runs([str(tmp_path / "a"), str(tmp_path / "b")]).runs
-    assert list(unlike(runs)) == ["b beside a: parameters +100.0%"]
-    assert list(unlike(runs, "b")) == ["a beside b: parameters -50.0%"]
+    lacking = "; not known of both: FLOPs a token, FLOPs, peak memory"
+    assert list(unlike(runs)) == [f"b beside a: parameters +100.0%{lacking}"]
+    assert list(unlike(runs, "b")) == [f"a beside b: parameters -50.0%{lacking}"]
 
 
 def test_bare_metrics_of_others_stand_beside_ours(tmp_path: Path) -> None:
@@ -119,6 +120,7 @@ def test_bare_metrics_of_others_stand_beside_ours(tmp_path: Path) -> None:
     (told,) = found.differences
     assert told.measure.name == "loss" and told.verdict == "one seed" and "theirs is above ours by 0.97" in str(told)
     page = write_page(found, tmp_path / "out", "").read_text()
+    assert str(told).endswith("(nats a token compare only where tokenizer and text are the same)")
     assert "no count of tokens" in page and "training loss against tokens, seconds, step" in page
 
 
