@@ -179,3 +179,15 @@ def test_seconds_are_those_of_timed_steps(path: Path, slowing: float) -> None:
     assert "beyond match.tolerance=0.02" in once.notes[1]
     plain = match(moe, dense, settings, published("h100"), "moe")
     assert measure(plain.config, published("h100")).seconds != once.measures.seconds
+
+
+def test_an_arm_of_a_sweep_is_matched_to_the_other_of_its_cell(path: Path) -> None:
+    path.write_text(f'{ARMS}[sweep]\ngrid = {{ "model.feed_forward_width" = [64, 128] }}\n')
+    found = {entry.arm: entry for entry in runs(path, "seeds=[3]").values()}
+    widths = {arm: entry.config.model.moe.expert_width for arm, entry in found.items() if entry.matched}  # type: ignore[union-attr]
+    assert widths == {"moe-feed_forward_width_64": 31, "moe-feed_forward_width_128": 63}
+    assert "unmatched besides" not in "".join(matched_lines(list(found.values())))
+    path.write_text(f'{ARMS}[sweep]\narms = ["moe"]\ngrid = {{ "model.moe.num_experts" = [4, 16] }}\n')
+    found = {entry.arm: entry for entry in runs(path, "seeds=[3]").values()}
+    widths = {arm: entry.config.model.moe.expert_width for arm, entry in found.items() if entry.matched}  # type: ignore[union-attr]
+    assert widths == {"moe-num_experts_4": 31, "moe-num_experts_16": 29}, "a router of 16 rows leaves less"
