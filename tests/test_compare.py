@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 import compare
-from comparison import launch
+from comparison import launch, matched
 from comparison.arms import expand, read_arms
+from planning.device import published
 from run.facts import read_run
 from run.start import refusing
 from settings import Refusal
@@ -192,3 +193,22 @@ def test_a_dense_run_and_a_mixture_of_its_size_are_trained_and_held_beside_each_
     assert "trained in" not in capsys.readouterr().out, "all was there"
     with pytest.raises(Refusal, match=r"matched.json: moe on words was matched for other settings"):
         call("pair.toml", "match.by='total'", "--show")
+
+
+@pytest.mark.parametrize("name", ["dense_moe", "dense_moe_h200", "isoflop", "sweep"])
+@pytest.mark.parametrize("is_small", [False, True])
+def test_every_shipped_comparison_can_be_planned(
+    name: str, is_small: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shipped = Path(__file__).parents[1] / "configs" / "compare" / f"{name}.toml"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(matched, "device_for", lambda config: published("h200"))
+    settings = read_arms(shipped, [], is_small=is_small)
+    entries = expand(settings, shipped, "x")
+    assert len(entries) == len(settings.chosen_arms) * len(settings.seeds)
+    for entry in entries:
+        if entry.matched is not None:
+            assert abs(entry.matched.measures.active / entry.matched.other.active - 1) < 0.02
+    if name == "dense_moe_h200" and not is_small:
+        assert entries[1].matched is not None and entries[1].matched.measures.total > 8e8
+        assert 0.9e8 < entries[1].matched.measures.active < 1.1e8
