@@ -202,7 +202,9 @@ def test_bases_are_compared_apart(tmp_path: Path) -> None:
     ]
     found = differences(runs, resamples=50)
     assert [(each.group, each.arm, each.other) for each in found] == [("x", "b", "a"), ("y", "b", "a")]
-    titles = [section.title for section in chapters(runs, found)]
+    told = list(chapters(runs, found, matched=["b: as wide as a"]))
+    assert sum("b: as wide as a" in section.points for section in told) == 1
+    titles = [section.title for section in told]
     assert "x: Arms" in titles and "x: Scores" in titles and "y: Settings" in titles and titles.count("Verdict") == 1
 
 
