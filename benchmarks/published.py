@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.transformer import ModelSettings
+from moe.words import routing_in_words
 from parallel.cost import Link
 from parallel.mesh import ParallelSettings, grid_of
 from planning.device import Ceilings, Device, published
@@ -45,6 +46,8 @@ class Comparison:
 
     row: dict[str, Any]
     predicted: StepTime
+    routing: str = ""
+    """In words; published rows force an even load. Their rows are full: no padding."""
 
     @property
     def error(self) -> float:
@@ -64,7 +67,9 @@ def comparisons(path: Path = FILE) -> Iterator[Comparison]:
     """Every row of the file."""
     told = tomllib.loads(path.read_text(encoding="utf-8"))
     for row in told["rows"]:
-        yield Comparison(row, predict(row, told))
+        model = {key: value for key, value in told["models"][row["model"]].items() if key != "vocab_size"}
+        routing = routing_in_words(validate(model, ModelSettings, row["model"]).moe)
+        yield Comparison(row, predict(row, told), routing)
 
 
 def predict(row: dict[str, Any], told: dict[str, Any]) -> StepTime:
@@ -103,6 +108,7 @@ def shown(each: Comparison) -> dict[str, str]:
         "predicted": f"{each.predicted.tokens_per_second:,.0f}",
         "step time": f"{each.error:+.0%}",
         "MFU": f"{each.predicted.utilization:.0%}",
+        "routing": each.routing.replace("learned", "even"),
         "exposed": f"{sent_share(each.predicted):.0%}",
         "": "" if each.is_held_out else "calibration",
     }

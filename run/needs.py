@@ -168,7 +168,9 @@ def in_flight(place: int, stages: int, parts: int, number: int) -> float:
 
 
 def gigabytes(count: float) -> str:
-    """`12.3 GiB`, `45.6 MiB`: three digits of so many bytes."""
+    """`12.3 GiB`, `-45.6 MiB`: three digits of so many bytes."""
+    if count < 0:
+        return f"-{gigabytes(-count)}"
     for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= size:
             return f"{count / size:.3g} {unit}"

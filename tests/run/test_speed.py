@@ -85,15 +85,19 @@ def test_words_beside_a_speed_leave_out_what_is_not_known() -> None:
 
 def test_every_row_of_a_run_says_what_its_speed_is_worth(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "write_report", report.write_report)
-    train.main(load_config(TINY, ["total_tokens=6144", "evals.tasks=[]"]))
+    config = load_config(TINY, ["evals.tasks=[]", "model.moe.capacity={factor=0.75}"])
+    train.main(config)
     folder = here / "runs/tiny"
     around = json.loads((folder / "environment.json").read_text())
-    assert around["routing"] == "top-2 of 4, learned"
+    assert around["routing"] == "top-2 of 4, learned, capacity 0.75"
     assert around["peak_flops"] > 0 and "measured" in around["peak_source"] and "float32" in around["peak_source"]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     for row in rows:
         assert row["mfu"] == pytest.approx(row["tokens_per_second"] * row["flops_per_token"] / around["peak_flops"])
-        assert 0 <= row["padding_share"] < 1
+        assert row["padding_share"] == 0 and row["dropped_share"] > 0
+        counts = StepCounts(512, 2 * sum(row["distances"]))  # two layers, which see all of a document
+        computed = (1 - row["dropped_share"]) * 512 * 2  # rows of the one that has experts
+        assert row["flops_per_token"] == pytest.approx(flops_per_token(config.model, 257, 512, counts, computed))
     html = (folder / "report.html").read_text()
-    assert FORMULA.split(".")[0] in html and "top-2 of 4 learned, padding" in html and "(measured" in html
+    assert FORMULA.split(".")[0] in html and "top-2 of 4 learned" in html and "(measured" in html

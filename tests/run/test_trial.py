@@ -297,6 +297,7 @@ def test_moments_that_will_be_there_take_their_room(monkeypatch: pytest.MonkeyPa
 
 
 def test_sizes_are_told_in_three_digits() -> None:
+    assert gigabytes(-2048) == "-2 KiB"
     assert [gigabytes(size) for size in (0, 999, 2048, 5 * 2**20, 81.25 * 2**30)] == [
         *("0 B", "999 B", "2 KiB", "5 MiB", "81.2 GiB"),
     ]
