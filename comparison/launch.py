@@ -1,11 +1,13 @@
 """Training of many runs, checked before the first begins: some at a time, each a process that can be continued."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,18 +73,25 @@ def train_all(
 
     folder: where each leaves its configuration, as `python train.py` takes it, and what it printed; places: how many
     at a time, or the device of each. Returns a line for each that failed, with its last words, and for those that wait
-    for it; after that, as after Ctrl-C, the same call goes on.
+    for it; after that, as after Ctrl-C, the same call goes on. Raises KeyboardInterrupt once all that train have saved
+    where a signal asked for the end.
     """
     free: list[str | None] = [None] * places if isinstance(places, int) else list(places)
     waiting, jobs = [entry for entry in entries if not entry.is_finished], len(free)
     total, running, failed = len(waiting), list[Started](), list[Started]()
     folder.mkdir(parents=True, exist_ok=True)
     keep({f"{entry.base}/{entry.arm}": entry.found for entry in entries if entry.found}, folder)
-    with Live(entries, jobs, say) as live:
+    with Live(entries, jobs, say) as live, signals() as asked:
         try:
+            told = 0
             while True:
+                for started in (
+                    running if len(asked) > told else ()
+                ):  # it saves where it is; told twice, it ends at once
+                    started.process.terminate()
+                told = len(asked)
                 ready = [entry for entry in waiting if _may_start(entry, entries)]
-                for entry in ready[: len(free)]:
+                for entry in ready[: 0 if asked else len(free)]:
                     waiting.remove(entry)
                     running.append(_start(entry, folder, jobs, free.pop(0)))
                 if not running:
@@ -101,12 +110,33 @@ def train_all(
                     live.say(f"[{number}/{total}] {started.entry.config.name}: {how} in {seconds:.0f} s")
                 live.update(*({each.entry.config.name for each in group} for group in (running, failed)))
         finally:
-            # Ctrl-C has reached them as well: they save where they are.
             for started in running:
                 started.process.wait()
+    if asked:
+        raise KeyboardInterrupt
     return [_last_words(started) for started in failed] + [
         f"{entry.config.name}: waits for the run that it branches from" for entry in waiting
     ]
+
+
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """Signals that ask this process to end, as they come, in place of their effect.
+
+    Runs stand in sessions of their own, so that each is told of them once, whoever was meant: a terminal and `timeout`
+    signal a whole group, a scheduler or a script one process.
+    """
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # which alone may watch for them
+        yield asked
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _last_words(failed: Started) -> str:
@@ -129,7 +159,9 @@ def _start(entry: Entry, folder: Path, jobs: int, place: str | None) -> Started:
         words.append(f"threads={max(1, (os.cpu_count() or 1) // jobs)}")
     words += [] if place is None else [f"device={place.partition(':')[0]}"]
     with log.open("wb") as file:
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=around(place))
+        process = subprocess.Popen(
+            words, stdout=file, stderr=subprocess.STDOUT, env=around(place), start_new_session=True
+        )
     return Started(entry, process, log, time.monotonic(), place)
 
 

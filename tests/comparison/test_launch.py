@@ -1,5 +1,8 @@
 """Training of many runs: what waits for what, what a failure leaves, and that nothing is trained twice."""
 
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -115,6 +118,35 @@ def test_an_interrupt_waits_for_what_trains(entries: list[Entry]) -> None:
     with pytest.raises(KeyboardInterrupt):
         train_all(entries, Path("runs/t"), 2, interrupt)
     assert events("end") == ["t.a.0", "t.b.0"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_it_alone_reaches_what_trains_once(entries: list[Entry], tmp_path: Path, number: int) -> None:
+    stopped = """
+def stop(number, frame):
+    with open("events", "a") as events:
+        print("told", config["name"], file=events)
+    time.sleep(0.3)  # a step, and a save
+    sys.exit(0)
+import signal
+signal.signal(signal.SIGTERM, stop)
+with open("events", "a") as events:
+    print("ready", config["name"], file=events)
+time.sleep(60)
+"""
+    begin = TRAINER[: TRAINER.index("folder, branch")]
+    (tmp_path / "trainer.py").write_text(begin + stopped)
+
+    def send() -> None:
+        while len(events("ready")) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        train_all(entries, Path("runs/t"), 2, lambda line: None)
+    assert sorted(events("told")) == ["t.a.0", "t.b.0"], "each once, and none begun after"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "as it was before"
 
 
 def test_a_run_that_was_stopped_counts_as_not_finished(entries: list[Entry], tmp_path: Path) -> None:
