@@ -94,7 +94,7 @@ def test_a_run_of_a_budget_has_its_tokens_in_whole_steps() -> None:
 
 
 def test_every_stage_keeps_a_step() -> None:
-    table = with_tokens(to_dict(load_config(TINY, [])), 1000, 512)
+    table = with_tokens(to_dict(load_config(TINY, [])), 600, 512)
     assert [stage["until_tokens"] for stage in table["context"]["stages"]] == [512, 1024]
     assert table["total_tokens"] == 1024
 
