@@ -7,10 +7,14 @@ CONFIG ?= configs/quickstart.toml
 ARGS ?=
 WORKERS ?= 2
 
-.PHONY: train test check clean
+.PHONY: train compare test check clean
 
 train: .venv/installed
 	$(VENV)/python train.py $(CONFIG) $(ARGS)
+
+# Dense against a mixture of experts of the same active parameters, three seeds each.
+compare: .venv/installed
+	$(VENV)/python compare.py configs/compare/dense_moe.toml $(ARGS)
 
 # A file goes to one worker, as its tests share ranks; more threads than cores would make all of them crawl.
 test: .venv/installed-dev
