@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from comparison.arms import Entry
+from moe.words import routing_in_words
 from run.metrics import Row, clock, short
 
 TAIL = 1 << 16
@@ -38,6 +39,8 @@ class Standing:
     left: int
     row: Row
     """Its last; empty where there is none."""
+    routing: str
+    """How its model routes, in words."""
 
     @property
     def speed(self) -> float | None:
@@ -91,7 +94,8 @@ def standing_of(entry: Entry, running: Collection[str], failed: Collection[str])
     begin = 0 if branch is None else entry.config.stages[branch.stage].start_tokens
     tokens = entry.config.total_tokens if state == "finished" else max(row.get("tokens", 0), begin)
     left = entry.config.stages.total_tokens - tokens if state != "finished" else 0
-    return Standing(name, entry.arm or "", state, tokens, max(0, left), row)
+    routing = routing_in_words(entry.config.model.routed)
+    return Standing(name, entry.arm or "", state, tokens, max(0, left), row, routing)
 
 
 def last_row(path: Path) -> Row:
@@ -157,6 +161,8 @@ def cells_of(standing: Standing) -> dict[str, str]:
         "bits/byte": _number(row.get("bits_per_byte"), ".3f"),
         "tokens/s": short(speed) if speed else "",
         "MFU": _number(row.get("mfu"), ".1%"),
+        "routing": standing.routing.replace(",", "") if speed else "",
+        "padding": _number(row.get("padding_share"), ".1%"),
         "left": clock(standing.left / speed) if speed and is_training else "",
     }
 

@@ -21,7 +21,7 @@ def entries(path: Path) -> list[Entry]:
     """Two cells under two seeds: the first is finished, the second trains, the third has failed."""
     found = runs(path)
     finish(found[0], 1.5)
-    write(found[1], {"step": 4, "tokens": 256, "loss": 2.5, "tokens_per_second": 64.0, "mfu": 0.25})
+    write(found[1], {"step": 4, "tokens": 256, "loss": 2.5, "tokens_per_second": 64.0, "mfu": 0.25, "padding_share": 0.125})
     write(found[2], {"step": 1, "tokens": 64, "loss": None, "tokens_per_second": 32.0})
     return found
 
@@ -41,6 +41,8 @@ def test_a_row_a_run(entries: list[Entry]) -> None:
     assert [row["tokens"] for row in cells] == ["1.02K / 1.02K", "256 / 1.02K", "64 / 1.02K", "1.02K"]
     assert [row["loss"] for row in cells] == ["1.500", "2.500", "", ""]
     assert [row["MFU"] for row in cells] == ["", "25.0%", "", ""]
+    assert [row["padding"] for row in cells] == ["", "12.5%", "", ""]
+    assert cells[1]["routing"] == "dense" and cells[3]["routing"] == ""
     assert [row["left"] for row in cells] == ["", "0:12", "", ""], "768 tokens at 64 a second"
 
 
@@ -76,6 +78,6 @@ def test_a_terminal_has_a_table_and_a_log_has_lines(entries: list[Entry], monkey
         monkeypatch.setattr(live, "QUIET_SECONDS", 0.0)
         shown.update(*groups)
     assert said == [
-        "t.a.3.learning_rate_0_003: tokens 256 / 1.02K, loss 2.500, tokens/s 64, MFU 25.0%, left 0:12",
+        "t.a.3.learning_rate_0_003: tokens 256 / 1.02K, loss 2.500, tokens/s 64, MFU 25.0%, routing dense, padding 12.5%, left 0:12",
         "1 of 4 finished, 1 train, 1 failed, 0:28 left",
     ]
