@@ -36,7 +36,7 @@ def run_rows(runs: Sequence[SeenRun]) -> Iterable[dict[str, Any]]:
     for number, run in enumerate(runs):
         end = run.end
         yield {
-            **{"group": run.group, "arm": run.arm, "seed": run.seed, "folder": str(run.folder)},
+            **{"group": run.group, "arm": run.arm, "seed": run.seed, "folder": str(_near(run.folder))},
             "parameters": run.parameters.get("total"),
             "active_parameters": run.parameters.get("active"),
             "flops_per_token": run.mean_flops,
@@ -51,6 +51,11 @@ def run_rows(runs: Sequence[SeenRun]) -> Iterable[dict[str, Any]]:
             "routing": run.routing,
             **values_of(run, measured, number),
         }
+
+
+def _near(folder: Path) -> Path:
+    """From where the command was given, if it lies below: a sheet that is passed on then says where to look."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def curve_rows(run: SeenRun) -> Iterable[dict[str, Any]]:
