@@ -21,7 +21,8 @@ def entries(path: Path) -> list[Entry]:
     """Two cells under two seeds: the first is finished, the second trains, the third has failed."""
     found = runs(path)
     finish(found[0], 1.5)
-    write(found[1], {"step": 4, "tokens": 256, "loss": 2.5, "tokens_per_second": 64.0, "mfu": 0.25, "padding_share": 0.125})
+    speed = {"tokens_per_second": 64.0, "mfu": 0.25, "padding_share": 0.125}
+    write(found[1], {"step": 4, "tokens": 256, "loss": 2.5, **speed})
     write(found[2], {"step": 1, "tokens": 64, "loss": None, "tokens_per_second": 32.0})
     return found
 
@@ -78,6 +79,7 @@ def test_a_terminal_has_a_table_and_a_log_has_lines(entries: list[Entry], monkey
         monkeypatch.setattr(live, "QUIET_SECONDS", 0.0)
         shown.update(*groups)
     assert said == [
-        "t.a.3.learning_rate_0_003: tokens 256 / 1.02K, loss 2.500, tokens/s 64, MFU 25.0%, routing dense, padding 12.5%, left 0:12",
+        "t.a.3.learning_rate_0_003: tokens 256 / 1.02K, loss 2.500, tokens/s 64, MFU 25.0%, routing dense, "
+        "padding 12.5%, left 0:12",
         "1 of 4 finished, 1 train, 1 failed, 0:28 left",
     ]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from planning import device
 from run import peak
 from run.peak import Peak, measured_product, peak_of, published, remembered
 
@@ -25,6 +26,12 @@ def test_a_gpu_is_known_by_name_or_not_at_all(name: str, flops: float | None) ->
     found = published(name, torch.bfloat16)
     assert found.flops == flops and (flops is not None or name in found.source)
     assert published(name, torch.float16).flops is None
+
+
+@pytest.mark.parametrize("name", ["a100", "h100", "h200"])
+def test_a_run_and_a_plan_know_the_same_peak(name: str) -> None:
+    """They stand on different floors, and each has its own table."""
+    assert published(f"NVIDIA {name.upper()}", torch.bfloat16).flops == device.published(name).peak
 
 
 def test_a_cpu_is_measured_with_its_threads_in_the_runs_precision(monkeypatch: pytest.MonkeyPatch) -> None:
