@@ -12,7 +12,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from comparison.alike import alike_lines
 from comparison.budgets import IsoFlopSettings
-from comparison.crossed import ArmPlan, crossed
+from comparison.crossed import ArmPlan, check_own, crossed
 from comparison.match import Matched, MatchSettings
 from comparison.matched import Found, Matching
 from comparison.overlay import laid_over, with_keys
@@ -73,6 +73,12 @@ class ArmsSettings(Section):
     """Runs that train at a time, each on its share of the cores."""
     devices: tuple[str, ...] = ()
     """In place of `jobs`: a run at a time on each of these, `cuda:0`, `cuda:1` or `cpu`."""
+
+    @model_validator(mode="after")
+    def _seeds_and_names_are_its_own(self) -> "ArmsSettings":
+        arms = {f"arms.{arm}": keys for arm, keys in self.arms.items()}
+        check_own(self.sweep, {**arms, "every": self.every, "base": self.base})
+        return self
 
     @model_validator(mode="after")
     def _names_are_known(self) -> "ArmsSettings":

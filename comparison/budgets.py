@@ -43,6 +43,11 @@ class IsoFlopSettings(Section):
                 raise ValueError(f"{key}={list(values)} names one twice; seeds are how a run is repeated")
             if min(values) <= 0:
                 raise ValueError(f"{key}={list(values)} must all be above 0")
+        if len({as_name(value) for value in self.flops}) < len(self.flops):
+            raise ValueError(
+                f"flops={list(self.flops)} has values too near each other to be told apart in a run's name, which has "
+                "six digits; leave one out"
+            )
         return self
 
 

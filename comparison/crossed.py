@@ -1,11 +1,17 @@
 """Named arms crossed with what is swept and with sizes at budgets: all arms that run, each by a name of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from comparison.budgets import IsoFlopSettings, Point, points_of
 from comparison.sweep import SweepSettings, sweep_cells
 from settings import Refusal, Table, nearest
+
+OWN = {
+    "seed": "every arm runs under every seed and is held against the others of it; write seeds = [0, 1] at the top",
+    "name": "runs are named for their base, seed and arm; give what their names begin with as --name",
+}
+"""Keys of a run that its comparison sets, and where."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +54,16 @@ def crossed(
                     raise Refusal(f"two arms would be called {name!r}; give the arm {arm!r} another name")
                 found[name] = ArmPlan(name, arm, keys, cell, cell_keys or None, point)
     return found
+
+
+def check_own(sweep: SweepSettings | None, laid: Mapping[str, Iterable[str]]) -> None:
+    """Raises ValueError for a key that the comparison sets: a run of another seed than its entry is no pair.
+
+    laid: keys that are laid over those of runs, by where they stand; besides those of the sweep.
+    """
+    cells = {f"sweep.list.{number}": cell for number, cell in enumerate(sweep.list)} if sweep else {}
+    swept = {"sweep.grid": sweep.grid, **cells} if sweep else {}
+    for where, key in ((where, key) for where, keys in {**laid, **swept}.items() for key in keys):
+        own = key.partition(".")[0]
+        if own in OWN:
+            raise ValueError(f"{where}.{key}: {OWN[own]}")

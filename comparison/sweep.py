@@ -30,6 +30,11 @@ class SweepSettings(Section):
         for key, values in self.grid.items():
             if not values:
                 raise ValueError(f"grid: {key!r} has no values; give some, or leave it out")
+        if not all(self.list):
+            raise ValueError(
+                "list: a cell without keys changes nothing; to run an arm as it is as well, give a cell one of the "
+                "base's own values"
+            )
         return self
 
 

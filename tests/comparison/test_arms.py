@@ -194,6 +194,11 @@ def test_every_recipe_can_be_a_base(comparison: Path, path: Path) -> None:
         ('b = "b.toml"', 'b = "c.toml"', r"c.toml: no such configuration file"),
         ("seeds = [3, 5]", 'seeds = [3]\nonly = ["yarm"]', r"only: no base and no arm 'yarm'; did you mean 'yarn'"),
         ("seeds = [3, 5]", "seed = 3", r"seed: unknown key"),
+        ("[arms.none]", "[arms.none]\nseed = 7", r"arms.none.seed: every arm runs under every seed.*seeds = \[0, 1\]"),
+        ("[arms.yarn]", "[arms.yarn]\nname = 'x'", r"arms.yarn.name: runs are named for .* --name"),
+        ("seeds = [3, 5]", "seeds = [3, 5]\nevery.seed = 7", r"every.seed: every arm runs under every seed"),
+        ("seeds = [3, 5]", "seeds = [3, 5]\nevery.name = 'x'", r"every.name: runs are named for"),
+        ("base.evals.every_tokens = 64", "base.seed = 7", r"base.seed: every arm runs under every seed"),
         ("seeds = [3, 5]", "seeds = [3]\nevery.context = 3", r"context.stages of the base must be an array of tables"),
     ],
 )

@@ -117,6 +117,7 @@ def test_a_lowest_point_beyond_the_sizes_is_none(entries: list[Entry]) -> None:
     [
         ("isoflop.sizes=[8, 16]", r"isoflop.sizes.*at least 3"),
         ("isoflop.sizes=[8, 16, 16]", r"names one twice; seeds are how a run is repeated"),
+        ("isoflop.flops=[4e9, 4000000001.0]", r"values too near each other to be told apart in a run's name"),
         ("isoflop.flops=[-1.0]", r"must all be above 0"),
         ("isoflop.flops=[1e6]", r"t.a.0.dense-1e06-width_8: [\d,]+ tokens are left for this size"),
         ("isoflop.sizes=[8, 16, 17]", r"t.a.0.dense-5e08-width_17: .*num_heads=2 must divide width=17"),

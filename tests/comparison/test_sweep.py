@@ -103,8 +103,11 @@ def test_cells_are_laid_over_named_arms_under_every_seed(path: Path) -> None:
     [
         ("[sweep]\n", r"names no value; give grid"),
         ('[sweep]\ngrid = { "seed" = [] }', r"grid: 'seed' has no values"),
-        ('[sweep]\nlist = [{ "seed" = 1 }, { "seed" = 1 }]', r'the cell \{"seed": 1\} stands twice'),
-        ('[sweep]\ngrid = { "seed" = [1] }\narms = ["x"]', r"sweep.arms: no arm 'x'"),
+        ('[sweep]\nlist = [{ "threads" = 1 }, { "threads" = 1 }]', r'the cell \{"threads": 1\} stands twice'),
+        ("[sweep]\nlist = [{}]", r"list: a cell without keys changes nothing"),
+        ('[sweep]\ngrid = { "seed" = [7, 8] }', r"sweep.grid.seed: every arm runs .* write seeds = \[0, 1\]"),
+        ('[sweep]\nlist = [{ "threads" = 1 }, { "name" = "b" }]', r"sweep.list.1.name: runs are named .* as --name"),
+        ('[sweep]\ngrid = { "threads" = [1] }\narms = ["x"]', r"sweep.arms: no arm 'x'"),
         ('[sweep]\ngrid = { "model.widht" = [1] }', r"t.a.3.widht_1: model.widht: unknown key .*did you mean 'width'"),
         ("", r"arms: names none; add \[arms.NAME\], or a sweep"),
     ],
