@@ -293,6 +293,8 @@ def of_text(rng: Random) -> Case:
     data = bytearray(dumped(base(rng)))
     done = []
     for _ in range(rng.choice([1, 1, 2])):
+        if not data:  # all cut off already
+            break
         name, damage = rng.choice(list(DAMAGES.items()))
         data = bytearray(damage(bytes(data), rng))
         done.append(name)
