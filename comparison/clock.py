@@ -4,15 +4,20 @@ A plan knows of a CPU, or of a GPU whose shares nobody measured, one speed for e
 operations by another name. Timed steps say what each arm really reaches.
 """
 
+import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 import tomllib
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+from comparison.signals import signals
 from planning.device import Device, this_device
 from run.config import RunConfig
 from run.folder import RUNS
@@ -26,6 +31,10 @@ STEPS = 8
 WARM = 2
 """The first of these, which are not counted."""
 LAST_LINES = 6
+PAUSE = 0.1
+"""Seconds between two looks at the run."""
+GRACE = 20.0
+"""Seconds that a run which is told to end has for it."""
 
 
 def device_for(config: RunConfig) -> Device:
@@ -42,26 +51,55 @@ def _device(name: str, precision: str) -> Device:
 def time_steps(config: RunConfig, threads: int | None = None) -> list[float]:
     """The median seconds of a step in each stage, trained alone in a folder of its own that is removed again.
 
-    threads: where the run does not say it. Raises Refusal, with its last words, where it could not be trained.
+    threads: where the run does not say it. Raises Refusal, with its last words, where it could not be trained, and
+    KeyboardInterrupt, with nothing left of it, where a signal asked for the end.
     """
     short = shortened(config)
     folder = RUNS / short.name
-    shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
-    folder.mkdir(parents=True)
     path = folder.with_suffix(".clock.toml")
-    path.write_text(to_toml(short), encoding="utf-8")
     words = [sys.executable, str(TRAIN), str(path)]
     words += [f"threads={threads}"] if threads is not None and config.threads is None else []
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode:
-            last = "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-LAST_LINES:])
-            raise Refusal(f"{config.name}: its steps could not be timed:\n  {last}")
-        rows = read_rows(folder / "metrics.jsonl")
-    finally:
-        path.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+    with signals() as asked:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
+            folder.mkdir(parents=True)
+            path.write_text(to_toml(short), encoding="utf-8")
+            status, said = _ended(words, asked)
+            rows = [] if asked or status else read_rows(folder / "metrics.jsonl")
+        finally:
+            path.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+    if asked:
+        raise KeyboardInterrupt
+    if status:
+        last = "\n  ".join(said.strip().splitlines()[-LAST_LINES:])
+        raise Refusal(f"{config.name}: its steps could not be timed:\n  {last}")
     return [_median(rows, stage.index, stage.tokens_per_step) for stage in config.stages]
+
+
+def _ended(words: Sequence[str], asked: Sequence[int]) -> tuple[int, str]:
+    """Status and output of a process in a session of its own; where a signal is heard first, it is told to end."""
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(words, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            while not asked and process.poll() is None:
+                time.sleep(PAUSE)
+        finally:
+            _end(process)
+        said.seek(0)
+        return process.returncode, said.read().decode(errors="replace")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Where it has not ended: ask it to, and wait no longer than it may take."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _median(rows: Sequence[dict[str, float]], stage: int, tokens: int) -> float:

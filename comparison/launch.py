@@ -1,13 +1,11 @@
 """Training of many runs, checked before the first begins: some at a time, each a process that can be continued."""
 
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 from comparison.arms import Entry
 from comparison.live import Live
 from comparison.matched import keep
+from comparison.signals import signals
 from data.batches import Batches
 from evals.scoring import Materials
 from evals.suite import check_suite
@@ -117,26 +116,6 @@ def train_all(
     return [_last_words(started) for started in failed] + [
         f"{entry.config.name}: waits for the run that it branches from" for entry in waiting
     ]
-
-
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """Signals that ask this process to end, as they come, in place of their effect.
-
-    Runs stand in sessions of their own, so that each is told of them once, whoever was meant: a terminal and `timeout`
-    signal a whole group, a scheduler or a script one process.
-    """
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # which alone may watch for them
-        yield asked
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in numbers}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _last_words(failed: Started) -> str:

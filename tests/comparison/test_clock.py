@@ -1,5 +1,9 @@
 """Steps are timed by training a few of them, and nothing of that is left."""
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -46,3 +50,26 @@ def test_what_cannot_be_trained_is_told_with_its_last_words(tmp_path: Path, monk
     with pytest.raises(Refusal, match=r"(?s)t: its steps could not be timed:.*no memory"):
         time_steps(load_config(ROOT / "tests/tiny.toml", ["name=t"]))
     assert list(Path("runs").iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_leaves_no_process_and_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The first to be told of it ends it; one that does not listen is ended all the same."""
+    deaf = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if number == signal.SIGHUP else ""
+    wait = "import os, pathlib, time\npathlib.Path('pid').write_text(f'{os.getpid()}.')\ntime.sleep(60)"
+    (tmp_path / "trainer.py").write_text(deaf + wait)
+    monkeypatch.setattr(clock, "TRAIN", tmp_path / "trainer.py")
+    monkeypatch.setattr(clock, "GRACE", 0.2)
+    pid = tmp_path / "pid"
+
+    def send() -> None:
+        while not pid.exists() or not pid.read_text().endswith("."):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        time_steps(load_config(ROOT / "tests/tiny.toml", ["name=t"]))
+    assert list(Path("runs").iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text().rstrip(".")), 0)
