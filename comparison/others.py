@@ -8,10 +8,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from checkpoint.records import Environment, EvalsRow
+from checkpoint.records import Environment, EvalsRow, wrong_with
+from comparison.plausible import plausible
 from comparison.seen import SeenRun, read_seen
 from run.files import read_text
-from run.folder import read_table
 from run.metrics import Row, read_rows
 from settings import Refusal
 
@@ -26,7 +26,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
                "num_input_tokens_seen", "train/num_input_tokens_seen", "throughput/total_tokens",
                "train/consumed_tokens"),
     "tokens_per_second": ("tokens_per_second", "tokens_per_sec", "tokens/s", "tok/s", "tok_per_sec", "tps",
-                          "throughput", "throughput(tps)", "train/tps", "train/tokens_per_second",
+                          "throughput(tps)", "train/tps", "train/tokens_per_second",
                           "train/tokens_per_sec", "train/throughput(tps)", "train/tok_per_sec", "perf/tps",
                           "throughput/device/tps", "train_tokens_per_second"),
     "learning_rate": ("learning_rate", "lr", "train/lr", "train/learning_rate", "optim/lr", "lr_0"),
@@ -44,11 +44,18 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "dead_experts": ("dead_experts",),
     "padding_share": ("padding_share",),
 }  # fmt: skip
-"""Our key, and what others write for it: letters small, spaces as `_`, tables and dots as `/`; the first that is there
-counts. Others' throughput is taken as it stands: torchtitan's is that of one device."""
+"""Our key, and what others write for it: letters small, spaces and hyphens as `_`, tables and dots as `/`; the first
+that is there counts. Speeds are taken as they stand: torchtitan's is that of one device. A bare `throughput` is no
+speed: Megatron's counts TFLOP a second."""
 UNITS = {"mfu(%)": 0.01, "train/mfu(%)": 0.01, "memory/max_reserved(gib)": 2.0**30}
 UNITS["train/memory/max_reserved(gib)"] = 2.0**30
 WHOLE = ("step", "tokens", "sequence_length", "peak_memory_bytes")
+SPELLED = str.maketrans({" ": "_", "-": "_", ".": "/"})
+LARGEST = 1e18
+"""Of any number: what is beyond it no run counts, and no picture holds."""
+LARGEST_LOSS = 1e6
+"""A run whose loss is beyond it has gone astray: it has no number there, as where it is NaN."""
+BYTE_ORDER_MARK = "\ufeff"
 KEPT_EVERY = 4000
 """Rows of others' files beyond which they are thinned out."""
 
@@ -92,26 +99,49 @@ def read_other(path: Path, label: str, group: str = "") -> SeenRun:
         return replace(run, seed=seed if isinstance(seed, int) else None)
     if not file.is_file():
         raise Refusal(f"{path}: holds neither config.toml nor metrics.jsonl, so it is no run; give a run's folder")
-    metrics, names = read_foreign(file)
+    rows, names = read_foreign(file)
+    metrics, odd = plausible(rows, lambda key: names.get(key, key))
     evals = [row for row in read_rows(folder / "evals.jsonl", EvalsRow) if row.get("moment") != "start"]
-    notes = [f"somebody else's metrics: {', '.join(f'{key} from {name}' for key, name in names.items())}"]
-    lacking = [key for key in ("tokens", "tokens_per_second") if all(row.get(key) is None for row in metrics)]
-    if "tokens" in lacking:
-        notes.append("no count of tokens (tokens, consumed_tokens, ...): left out of what is drawn against tokens")
-    if lacking == ["tokens_per_second"] and all(row.get("elapsed_seconds") is None for row in metrics):
-        notes.append("no speed and no elapsed time: left out of what is drawn against seconds")
-    if all(row.get("flops_per_token") is None for row in metrics):
-        notes.append("no FLOPs a token (flops_per_token): left out of what is drawn against FLOPs")
-    environment = read_table(folder / "environment.json", Environment) if file.name == "metrics.jsonl" else {}
+    notes = [f"somebody else's metrics: {', '.join(f'{key} from {name}' for key, name in names.items())}", *odd]
+    notes += _lacking(metrics)
+    environment = _environment(folder / "environment.json") if file.name == "metrics.jsonl" else {}
     return SeenRun(group, label, None, file.resolve().parent if file.name == "metrics.jsonl" else file.resolve(),
                    metrics, evals, environment=environment, notes=tuple(notes))  # fmt: skip
+
+
+def _lacking(metrics: Sequence[Row]) -> Iterator[str]:
+    """What cannot be drawn for want of what."""
+    has = {key: any(row.get(key) is not None for row in metrics) for key in ALIASES}
+    if not has["tokens"]:
+        yield "no count of tokens (tokens, consumed_tokens, ...): left out of what is drawn against tokens"
+    if not has["elapsed_seconds"] and not (has["tokens"] and has["tokens_per_second"]):
+        lacks = "a speed alone, without a count of tokens," if has["tokens_per_second"] else "no speed"
+        yield f"{lacks} and no elapsed time: left out of what is drawn against seconds"
+    if not has["flops_per_token"]:
+        yield "no FLOPs a token (flops_per_token): left out of what is drawn against FLOPs"
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    """environment.json beside others' metrics; nothing where there is none. Raises Refusal where it is damaged."""
+    if not path.exists():
+        return {}
+    text = read_text(path).removeprefix(BYTE_ORDER_MARK)
+    try:
+        table = json.loads(text)
+        wrong = wrong_with(table, Environment) if isinstance(table, dict) else "is no JSON object"
+    except (ValueError, RecursionError) as error:
+        table, wrong = {}, f"is no JSON: {error}"
+    if wrong:
+        raise Refusal(f"{path}: {wrong}; mend the file, or move it away: a comparison does without it")
+    return dict(table)
 
 
 def read_foreign(path: Path) -> tuple[list[Row], dict[str, str]]:
     """Rows under our names, by step, a step that stands twice as it stands last; those without a loss are left out.
 
     Beside them what each key is called in the file.
-    Raises Refusal naming file, line and key where a line is no object, or no line has a step or a loss.
+    Raises Refusal naming file, line and key where a line is no object, a step no whole number, or where no line has a
+    step or a loss.
     """
     rows: dict[int, Row] = {}
     lines = [(number, flat) for number, flat in _objects(path)]
@@ -151,17 +181,34 @@ def _row(path: Path, number: int, flat: Mapping[str, Any], chosen: Mapping[str, 
             if key in ("step", "loss", "tokens"):
                 raise Refusal(f"{path}, line {number}: {name}={value!r:.40} is no number, and is read as {key}")
             continue
-        value = value * UNITS.get(name, 1)
-        if not math.isfinite(value):
-            row |= {key: None} if key == "loss" else {}
-        else:
-            row[key] = round(value) if key in WHOLE else float(value)
+        row |= _numbered(f"{path}, line {number}: {name}", key, value, UNITS.get(name, 1))
     return row
+
+
+def _numbered(place: str, key: str, value: float, unit: float) -> Row:
+    """A key's number; nothing where it is none, and None for a loss. Raises Refusal for steps and tokens beyond sense.
+
+    Bounds come before arithmetic: an integer may have more digits than a float holds.
+    """
+    if isinstance(value, float) and math.isnan(value):
+        return {key: None} if key == "loss" else {}
+    if key == "loss":
+        return {key: float(value) if abs(value) <= LARGEST_LOSS else None}
+    if abs(value) > LARGEST:
+        if key in ("step", "tokens") and value not in (math.inf, -math.inf):
+            raise Refusal(
+                f"{place}={str(value)[:20]} is beyond {LARGEST:g}, and is read as {key}; mend or remove the line"
+            )
+        return {}
+    if key == "step" and value != round(value):
+        raise Refusal(f"{place}={value!r} is no whole number, and is read as step; number the steps 1, 2, 3, ...")
+    value = value * unit
+    return {key: round(value) if key in WHOLE else float(value)}
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, flat keys) of each line; one that was cut short at the end of the file is none."""
-    lines = read_text(path).split("\n")
+    lines = read_text(path).removeprefix(BYTE_ORDER_MARK).split("\n")
     for number, line in zip(count(1), lines, strict=False):
         if not line.strip():
             continue
@@ -178,7 +225,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _flat(table: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
-        name = above + str(key).strip().lower().replace(" ", "_").replace(".", "/")
+        name = above + str(key).strip().lower().translate(SPELLED)
         if isinstance(value, Mapping):
             yield from _flat(value, f"{name}/")
         else:

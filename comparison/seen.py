@@ -21,9 +21,6 @@ AXES = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training", 
 """Against what curves are drawn, and what stands under them."""
 
 
-CLOCKS = ("tokens_per_second", "elapsed_seconds")
-
-
 @dataclass(frozen=True)
 class Point:
     """A row of metrics.jsonl and where in the run it stands; None: not known."""
@@ -79,7 +76,7 @@ class SeenRun:
         origin = self.environment.get("branched_from") or {}
         before: float | None = origin.get("tokens", 0)
         flops: float | None = 0.0
-        seconds = 0.0 if any(row.get(key) for row in self.metrics for key in CLOCKS) else None
+        seconds = 0.0 if any(map(_has_clock, self.metrics)) else None
         found = []
         for row in self.metrics:
             tokens, speed = row.get("tokens"), row.get("tokens_per_second")
@@ -229,6 +226,12 @@ def arms_of(runs: Sequence[SeenRun]) -> dict[str, list[SeenRun]]:
     for run in runs:
         found.setdefault(run.arm, []).append(run)
     return found
+
+
+def _has_clock(row: Row) -> bool:
+    """Whether it says how long steps took: a speed does so of counted tokens alone."""
+    is_counted = row.get("tokens") is not None and bool(row.get("tokens_per_second"))
+    return is_counted or row.get("elapsed_seconds") is not None
 
 
 def _place(row: Row) -> Any:
