@@ -8,6 +8,7 @@ from comparison import curves
 from comparison.curves import Titles, arms_with, axes_of, metric, panel
 from comparison.difference import Difference
 from comparison.estimate import estimate
+from comparison.pooled import pooled
 from comparison.seen import SeenRun, arms_of, groups_of
 from comparison.summary import UNKNOWN, notes_of, scores_of, settings_table, table_of, unlike
 from comparison.verdicts import summary
@@ -84,7 +85,7 @@ def _arms(group: Sequence[SeenRun], first: str | None, matched: Sequence[str]) -
         "What each arm is and took, mean over its seeds; FLOPs are the model's own, forward and backward, nothing "
         "computed again, since the run or its branch began."
     )
-    points = [*matched, *unlike(group, first), *notes_of(group)]
+    points = [*matched, *pooled(group), *unlike(group, first), *notes_of(group)]
     return ReportSection("Arms", text, table=table_of(group), points=points)
 
 

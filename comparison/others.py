@@ -81,10 +81,17 @@ def _split(word: str) -> tuple[str, Path]:
     if equals and not Path(word).exists():
         if not label.strip() or not rest:
             raise Refusal(f"--runs {word!r}: write LABEL=PATH, or a path alone")
-        return label.strip(), Path(rest)
+        return _label(label.strip(), word), Path(rest)
     path = Path(word)
     name = path.resolve().parent.name if path.name == "metrics.jsonl" else path.resolve().name
-    return name.removesuffix(".jsonl"), path
+    return _label(name.removesuffix(".jsonl"), word), path
+
+
+def _label(label: str, word: str) -> str:
+    """Raises Refusal for one that a terminal could not show as it is: a line's end or an escape."""
+    if not label or not label.isprintable():
+        raise Refusal(f"--runs {word!r}: {label!r} cannot be shown; give it a label of letters: --runs LABEL=PATH")
+    return label
 
 
 def read_other(path: Path, label: str, group: str = "") -> SeenRun:

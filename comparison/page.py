@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from comparison.chapters import chapters, most_important
+from comparison.pooled import pooled
 from comparison.results import Arm, Comparison, Verdict, moment
 from comparison.seen import groups_of
 from comparison.sheets import write_sheets
@@ -76,24 +77,31 @@ def show(comparison: Comparison) -> None:
     """Tables and verdicts, in the terminal."""
     from rich.console import Console
     from rich.table import Table as Shown
+    from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
     told = verdict_lines(comparison) if comparison.arms or not comparison.runs else []
     if comparison.runs:
-        told = [*verdict_words(comparison), *told]
+        warnings = [f"warning: {line}" for group in groups_of(comparison.runs).values() for line in pooled(group)]
+        told = [*warnings, *verdict_words(comparison), *told]
     for title, rows in [*_arm_tables(comparison), *tables(comparison)]:
-        console.print(title, markup=False, highlight=False, soft_wrap=True)
+        console.print(harmless(title), markup=False, highlight=False, soft_wrap=True)
         shown = Shown(box=None, header_style="bold", padding=(0, 2, 0, 0))
         for column in rows[0]:
-            shown.add_column(column, no_wrap=True)
+            shown.add_column(Text(harmless(column)), no_wrap=True)
         for row in rows:
-            shown.add_row(*row.values())
+            shown.add_row(*(Text(harmless(cell)) for cell in row.values()))
         console.print(shown)
         console.print()
     for line in told:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(harmless(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def harmless(text: str) -> str:
+    """As it may be shown: whoever wrote a run's files may not tell a terminal what to do."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def write_page(comparison: Comparison, folder: Path, config_toml: str, before: Sequence[ReportSection] = ()) -> Path:

@@ -2,11 +2,11 @@
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 from comparison.difference import Difference
 from comparison.estimate import estimate
 from comparison.measures import headline
+from comparison.pooled import differing, every, leaves
 from comparison.seen import SeenRun, arms_of
 from run.metrics import clock, short
 
@@ -46,8 +46,8 @@ def table_of(runs: Sequence[SeenRun]) -> list[dict[str, str]]:
     rows = [{"": "seeds", **{arm: _seeds(own) for arm, own in arms.items()}}]
     for title, (number, form) in NUMBERS.items():
         rows.append({"": title, **{arm: _mean_text(own, number, form) for arm, own in arms.items()}})
-    rows.append({"": "routing", **{arm: own[0].routing or UNKNOWN for arm, own in arms.items()}})
-    rows.append({"": "machine", **{arm: _machine(own[0]) for arm, own in arms.items()}})
+    rows.append({"": "routing", **{arm: _routing(own) or UNKNOWN for arm, own in arms.items()}})
+    rows.append({"": "machine", **{arm: _machines(own) for arm, own in arms.items()}})
     return [row for row in rows if any(text != UNKNOWN for key, text in row.items() if key)]
 
 
@@ -76,8 +76,8 @@ def unlike(runs: Sequence[SeenRun], first: str | None = None) -> Iterator[str]:
                 unknown.append(title)
             elif abs(ours / theirs - 1) >= TOLD_FROM:
                 parts.append(f"{title} {ours / theirs - 1:+.1%}")
-        routing = [arms[name][0].routing for name in (arm, names[0])]
-        machine = [_machine(arms[name][0]) for name in (arm, names[0])]
+        routing = [_routing(arms[name]) for name in (arm, names[0])]
+        machine = [_machines(arms[name]) for name in (arm, names[0])]
         parts += [f"routing {routing[0]} in place of {routing[1]}"] if all(routing) and len(set(routing)) > 1 else []
         parts += ["another machine"] if len(set(machine)) > 1 and UNKNOWN not in machine else []
         told = ", ".join(parts) or ("nothing that is known of both differs" if unknown else "nothing told here differs")
@@ -94,13 +94,11 @@ def notes_of(runs: Sequence[SeenRun]) -> Iterator[str]:
 
 
 def settings_table(runs: Sequence[SeenRun]) -> list[dict[str, str]]:
-    """A row for each key in which arms' configurations differ, a column an arm; seeds and names are left out."""
-    flat = {arm: dict(_leaves(own[0].config)) for arm, own in arms_of(runs).items() if own[0].config}
-    keys = dict.fromkeys(key for each in flat.values() for key in each if key not in ("name", "seed", "branch.run"))
+    """A row for each key in which configurations differ, a column an arm; seeds and names are left out."""
+    flats = {arm: [dict(leaves(run.config)) for run in own if run.config] for arm, own in arms_of(runs).items()}
     return [
-        {"key": key, **{arm: each.get(key, UNKNOWN) for arm, each in flat.items()}}
-        for key in keys
-        if len({each.get(key) for each in flat.values()}) > 1
+        {"key": key, **{arm: every([each.get(key, UNKNOWN) for each in own]) for arm, own in flats.items() if own}}
+        for key in differing([each for own in flats.values() for each in own])
     ]
 
 
@@ -131,16 +129,15 @@ def _mean_text(runs: Sequence[SeenRun], number: Number, form: Callable[[float], 
     return UNKNOWN if mean is None else form(mean)
 
 
+def _routing(runs: Sequence[SeenRun]) -> str:
+    return every([run.routing for run in runs])
+
+
+def _machines(runs: Sequence[SeenRun]) -> str:
+    known = [told for run in runs if (told := _machine(run)) != UNKNOWN]
+    return every(known) or UNKNOWN
+
+
 def _machine(run: SeenRun) -> str:
     told, ranks = run.environment.get("machine"), run.environment.get("ranks", 1)
     return f"{told}, {ranks} rank{'s' if ranks != 1 else ''}" if told else UNKNOWN
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        yield from _leaves(dict(enumerate(value)), key)
-    else:
-        yield key, str(value)

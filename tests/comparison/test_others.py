@@ -170,6 +170,9 @@ def test_labels_make_arms_and_configurations_tell_seeds(tmp_path: Path) -> None:
         (["{}/nothing"], "holds neither config.toml nor metrics.jsonl"),
         (["={}/a"], "write LABEL=PATH"),
         (["{}/empty"], "has measured nothing yet"),
+        (["\x1b[31mred={}/a"], "cannot be shown; give it a label"),
+        (["{}/\x1b[31m"], "cannot be shown; give it a label"),
+        (["/"], "'' cannot be shown"),
     ],
 )
 def test_runs_that_cannot_be_compared_are_refused(words: list[str], message: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from comparison.curves import MOST_POINTS, together
 from comparison.measures import headline
 from comparison.others import read_other
 from comparison.page import show, write_page
+from comparison.pooled import pooled
 from comparison.results import Comparison, compare_runs
 from comparison.seen import SeenRun
 from comparison.sheets import write_sheets
@@ -107,6 +108,30 @@ def test_arms_that_are_unlike_are_told(tmp_path: Path) -> None:
     lacking = "; not known of both: FLOPs a token, FLOPs, peak memory"
     assert list(unlike(runs)) == [f"b beside a: parameters +100.0%{lacking}"]
     assert list(unlike(runs, "b")) == [f"a beside b: parameters -50.0%{lacking}"]
+
+
+def test_runs_of_one_label_that_are_no_seeds_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    words = []
+    for seed, (routing, config) in enumerate(
+        [("dense", 'device = "cpu"\n[model]\nwidth = 8\n'), ("top-1 \x1b[31m of 4", "[model]\nwidth = 16\n")]
+    ):
+        folder = write_run(tmp_path / f"a{seed}", [held_out(2.0)], seed, config=config)
+        (folder / "environment.json").write_text(json.dumps({"routing": routing}))
+        words.append(f"a={folder}")
+    found = compare_runs(words)
+    show(found)
+    shown = capsys.readouterr().out
+    (line,) = [line for line in shown.splitlines() if line.startswith("warning: a: its 2 runs are no seeds of one arm")]
+    assert "differ in model.width;" in line and "device" not in line
+    assert "dense / top-1" in shown and "\x1b" not in shown
+    assert "are no seeds of one arm" in write_page(found, tmp_path / "out", "").read_text()
+    (row,) = [row for row in settings_table(found.runs) if row["key"] == "model.width"]
+    assert row["a"] == "8 / 16"
+
+
+def test_seeds_of_one_arm_are_not_warned_of(found: Comparison) -> None:
+    for arm in ("dense", "moe"):
+        assert not list(pooled([run for run in found.runs if run.arm == arm]))
 
 
 def test_bare_metrics_of_others_stand_beside_ours(tmp_path: Path) -> None:
