@@ -4,6 +4,7 @@ Of runs that exist, ours or others': `python compare.py --runs A B ...`, folders
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -18,6 +19,8 @@ from run.folder import RUNS
 from run.start import refusing
 from settings import Refusal, to_toml
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""Of a folder in runs/, as a run's own."""
 AGAIN = (
     "the same command goes on with these, once what they say is mended; to train one anew move its folder away, to "
     "train all anew give another --name (compare.py has no --fresh)"
@@ -87,6 +90,16 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(words)
     if bool(arguments.config) == bool(arguments.runs):
         parser.error("give the file of a comparison, or --runs A B ...")
+    if arguments.runs:
+        given = [f"--{each}" for each in ("small", "show", "report") if getattr(arguments, each)]
+        if given:
+            parser.error(f"{', '.join(given)}: goes with the file of a comparison; --runs trains nothing, and reports")
+        if arguments.name and arguments.out:
+            parser.error("--name and --out: both say where the report goes; give one of them")
+        if arguments.name and not re.fullmatch(NAME, arguments.name):
+            parser.error(
+                f"--name {arguments.name!r}: names a folder in runs/: use letters, digits, -, _ and ., or --out"
+            )
     if arguments.out and not arguments.runs:
         parser.error("--out: goes with --runs; what a comparison trains is reported in runs/NAME, see --name")
     return arguments

@@ -36,7 +36,7 @@ class Difference:
     student: Interval
     """Over seeds; NaN for fewer than two."""
     bootstrap: Interval
-    """Seeds drawn again and, within them, the text; NaN where a single pair says nothing of its text."""
+    """Seeds drawn again and, within them, the text or samples; NaN where a single pair says nothing of these."""
     lost: tuple[str, ...] = ()
     """Runs that have no number here, as they went astray."""
     unpaired: str = ""
@@ -100,7 +100,7 @@ class Difference:
         return f"no evidence that {self.arm} and {self.other} differ in {words}: {self.numbers} ({count}){few}"
 
     def _of_one_seed(self, words: str) -> str:
-        text = ", an interval over the text alone" if not math.isnan(self.interval[0]) else ""
+        text = f", an interval over the {self.measure.over} alone" if not math.isnan(self.interval[0]) else ""
         why = f"one run each, and {self.unpaired}" if self.unpaired else "one seed"
         return f"{self._side(words)}{text}; {why}: that says nothing of other seeds"
 
@@ -136,7 +136,9 @@ def difference(
         means = [_mean([sample.value for _, sample in side]) for side in (ours, theirs)]
     told = estimate([a.value - b.value for _, a, b in whole])
     student = NONE if told is None or math.isnan(told.half) else (told.mean - told.half, told.mean + told.half)
-    boot = bootstrap([(a, b) for _, a, b in whole], resamples)
+    # Of one seed a length up to which needles are found comes out the same from nearly any samples: [0, 0].
+    is_bare = len(whole) == 1 and not measure.over
+    boot = NONE if is_bare else bootstrap([(a, b) for _, a, b in whole], resamples)
     return Difference(measure, *arms, seeds, means[0], means[1], student, boot, tuple(lost), unpaired)
 
 

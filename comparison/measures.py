@@ -36,6 +36,8 @@ class Measure:
     least_seeds: int = 2
     """Paired seeds below which nothing is evidence. Scores of right answers may jump from none to all, as a coin
     falls: two seeds that fall alike by chance do so once in eight times, three once in thirty-two."""
+    over: str = "text"
+    """What is drawn again of one seed: "" where what comes of that would look surer than it is."""
 
 
 @dataclass
@@ -150,12 +152,12 @@ def _needles(runs: Sequence[SeenRun]) -> list[Found]:
         chosen = {n: [each[place] for place in shared] for n, each in cells.items()}
         name = task.replace("/", " ")
         words = f"share of {name} samples found (mean of {len(shared)} cells)"
-        measure = Measure(task, words, ".3f", "in the ", is_low_better=False, least_seeds=3)
+        measure = Measure(task, words, ".3f", "in the ", is_low_better=False, least_seeds=3, over="samples")
         found.append((measure, {n: needle_sample(each) for n, each in chosen.items()}))
         if len({length for length, _ in shared}) > 1:
             words = f"effective length of {name} (up to which {THRESHOLD:.0%} are found)"
             name = f"effective_length/{task}"
-            measure = Measure(name, words, ",.0f", "tokens in the ", is_low_better=False, least_seeds=3)
+            measure = Measure(name, words, ",.0f", "tokens in the ", is_low_better=False, least_seeds=3, over="")
             found.append((measure, {n: reach_sample(each) for n, each in chosen.items()}))
     return found
 

@@ -1,5 +1,6 @@
 """The command: what it plans, that it goes on where it was stopped, and what it says in the end."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,26 @@ def test_the_shipped_demonstration_shares_one_base_among_seven_arms(monkeypatch,
                 tokens // 4096 - start // 4096 for tokens in range(start + every, entry.config.total_tokens + 1, every)
             }
             assert entry.config.evals.at_stage_starts and {10, 30, 60} <= asked
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--small"], "--small: goes with the file"),
+        (["--show", "--report"], "--show, --report: goes with the file"),
+        (["--name", "../esc"], "--name '../esc': names a folder"),
+        (["--name", "a\nb"], "--name 'a.nb': names a folder"),
+        (["--name", "a\n"], "--name 'a.n': names a folder"),
+        (["--name", "a", "--out", "b"], "give one of them"),
+        (["seeds=[0]"], "give the file of a comparison, or --runs"),
+    ],
+)
+def test_what_does_not_go_with_runs_that_exist_is_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        compare.parse_arguments([*words, "--runs", "f"])
+    assert ended.value.code == 2 and re.search(told, capsys.readouterr().err.replace("\\", "."))
 
 
 PAIR = """

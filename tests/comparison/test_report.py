@@ -53,6 +53,15 @@ def test_every_headline_measure_has_its_sentence(found: Comparison) -> None:
     assert told["needle"].mean == pytest.approx(0.4) and told["needle"].is_evidence
 
 
+def test_one_seed_has_an_interval_over_what_was_drawn(found: Comparison) -> None:
+    """Over the samples of needles; of the effective length none, as hardly any samples would change it."""
+    told = {each.measure.name: each for each in differences([run for run in found.runs if run.seed == 0])}
+    assert "an interval over the text alone" in str(told["held_out"])
+    assert "an interval over the samples alone" in str(told["needle"])
+    reach = str(told["effective_length/needle"])
+    assert "above dense by 192 tokens" in reach and "[" not in reach and "interval" not in reach
+
+
 def test_the_page_holds_everything_in_order(found: Comparison, tmp_path: Path) -> None:
     page = write_page(found, tmp_path / "out", "seeds = [0]").read_text()
     titles = re.findall(r"<h2>(.*?)</h2>", page)
