@@ -1,6 +1,8 @@
 """Training of many runs, checked before the first begins: some at a time, each a process that can be continued."""
 
+import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -30,6 +32,8 @@ PAUSE = 0.1
 """Seconds between two looks at the runs."""
 LAST_LINES = 6
 """Of what a run that failed has printed, that are said again."""
+STOPPED = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, 130)
+"""Statuses of a process that was told to end."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,18 @@ class Started:
     since: float
     place: str | None
     """The device that it was given."""
+    begin: int = 0
+    """Bytes of the log that earlier starts have left."""
+
+    def how(self, asked: bool) -> str:
+        """How it has ended; asked: whether all were to end."""
+        status = self.process.returncode
+        if not self.entry.is_finished:
+            # train.py ends with 0 once it has saved; told before it could listen, it is gone at once.
+            return "stopped" if asked and (status == 0 or status in STOPPED) else "failed"
+        if status and not (asked and status in STOPPED):  # its gate was not met, or its report could not be drawn
+            return f"trained, ended with status {status} ({self.log})"
+        return "trained"
 
 
 def check_runs(entries: Sequence[Entry], places: Sequence[str | None] = ()) -> None:
@@ -73,8 +89,9 @@ def train_all(
     folder: where each leaves its configuration, as `python train.py` takes it, and what it printed; places: how many
     at a time, or the device of each. Returns a line for each that failed, with its last words, and for those that wait
     for it; after that, as after Ctrl-C, the same call goes on. Raises KeyboardInterrupt once all that train have saved
-    where a signal asked for the end.
+    where a signal asked for the end, and Refusal where another process trains one of them.
     """
+    refuse_trained_elsewhere(entries, folder)
     free: list[str | None] = [None] * places if isinstance(places, int) else list(places)
     waiting, jobs = [entry for entry in entries if not entry.is_finished], len(free)
     total, running, failed = len(waiting), list[Started](), list[Started]()
@@ -99,12 +116,8 @@ def train_all(
                 for started in [each for each in running if each.process.poll() is not None]:
                     running.remove(started)
                     free.append(started.place)
-                    status, how = started.process.returncode, "trained"
-                    if not started.entry.is_finished:
-                        failed.append(started)
-                        how = "failed"
-                    elif status:  # all is there: its gate was not met, or its report could not be drawn
-                        how = f"trained, ended with status {status} ({started.log})"
+                    how = started.how(bool(asked))
+                    failed += [started] if how == "failed" else []
                     number, seconds = total - len(waiting) - len(running), time.monotonic() - started.since
                     live.say(f"[{number}/{total}] {started.entry.config.name}: {how} in {seconds:.0f} s")
                 live.update(*({each.entry.config.name for each in group} for group in (running, failed)))
@@ -119,8 +132,32 @@ def train_all(
 
 
 def _last_words(failed: Started) -> str:
-    lines = failed.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-LAST_LINES:]
+    said = failed.log.read_bytes()[failed.begin :].replace(b"\0", b"").decode(errors="replace")
+    lines = said.strip().splitlines()[-LAST_LINES:] or ["nothing: it printed no word"]
     return "\n  ".join([f"{failed.entry.config.name}: did not finish; {failed.log} ends with", *lines])
+
+
+def refuse_trained_elsewhere(entries: Sequence[Entry], folder: Path) -> None:
+    """Raise Refusal for runs that other processes train: those of a comparison that was killed go on without it."""
+    names = [entry.config.name for entry in entries if not entry.is_finished and _is_held(entry.folder)]
+    if names:
+        raise Refusal(
+            f"{', '.join(names)}: trained by another process now, of this comparison started twice, or of one that was "
+            f"killed, whose runs go on; wait until they end, or stop them (`ps x` shows each as train.py "
+            f"{folder / names[0]}.toml), then start the same command again"
+        )
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process that trains in the folder has its lock."""
+    try:
+        with (folder / ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _may_start(entry: Entry, entries: Sequence[Entry]) -> bool:
@@ -137,11 +174,12 @@ def _start(entry: Entry, folder: Path, jobs: int, place: str | None) -> Started:
     if entry.config.threads is None:
         words.append(f"threads={max(1, (os.cpu_count() or 1) // jobs)}")
     words += [] if place is None else [f"device={place.partition(':')[0]}"]
-    with log.open("wb") as file:
+    with log.open("ab") as file:  # what it said before stays
+        begin = file.tell()
         process = subprocess.Popen(
             words, stdout=file, stderr=subprocess.STDOUT, env=around(place), start_new_session=True
         )
-    return Started(entry, process, log, time.monotonic(), place)
+    return Started(entry, process, log, time.monotonic(), place, begin)
 
 
 def around(place: str | None) -> dict[str, str] | None:

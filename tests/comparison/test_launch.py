@@ -11,6 +11,7 @@ import pytest
 from comparison import launch
 from comparison.arms import Entry, expand, read_arms
 from comparison.launch import train_all
+from run.folder import hold, let_go
 from settings import Refusal
 from tests.comparison.test_arms import ARMS, BASE
 
@@ -143,8 +144,10 @@ time.sleep(60)
         os.kill(os.getpid(), number)
 
     threading.Thread(target=send, daemon=True).start()
+    said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        train_all(entries, Path("runs/t"), 2, lambda line: None)
+        train_all(entries, Path("runs/t"), 2, said.append)
+    assert sorted(line.split("] ")[1].split(" in ")[0] for line in said) == ["t.a.0: stopped", "t.b.0: stopped"]
     assert sorted(events("told")) == ["t.a.0", "t.b.0"], "each once, and none begun after"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "as it was before"
 
@@ -153,6 +156,55 @@ def test_a_run_that_was_stopped_counts_as_not_finished(entries: list[Entry], tmp
     (tmp_path / "trainer.py").write_text("print('stopped after step 3')")
     lines = train_all(entries, Path("runs/t"), 1, lambda line: None)
     assert [line.split(":")[0] for line in lines if "stopped after step 3" in line] == ["t.a.0", "t.b.0"]
+
+
+@pytest.mark.parametrize(
+    ("status", "is_finished", "asked", "told"),
+    [
+        (-signal.SIGTERM, False, True, "stopped"),
+        (-signal.SIGTERM, False, False, "failed"),
+        (2, False, True, "failed"),
+        (0, False, False, "failed"),
+        (-signal.SIGTERM, True, True, "trained"),
+        (0, True, False, "trained"),
+        (1, True, True, "trained, ended with status 1 (log)"),
+    ],
+)
+def test_what_was_told_to_end_has_not_failed(
+    entries: list[Entry], status: int, is_finished: bool, asked: bool, told: str
+) -> None:
+    if is_finished:
+        checkpoint = entries[0].folder / "checkpoints" / "step_00000002"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "manifest.json").write_text("{}")
+    process = launch.subprocess.Popen(["true"])
+    process.wait()
+    process.returncode = status
+    assert launch.Started(entries[0], process, Path("log"), 0.0, None).how(asked) == told
+
+
+def test_a_log_is_gone_on_with_and_the_last_start_alone_is_told(entries: list[Entry], tmp_path: Path) -> None:
+    """NUL bytes are what is left where a log was cut off under a process that writes on."""
+    log = Path("runs/t/t.a.0.log")
+    log.parent.mkdir(parents=True)
+    log.write_text("before\n")
+    (tmp_path / "trainer.py").write_text("import os\nos.write(1, bytes(9) + b'it went wrong')\nraise SystemExit(1)")
+    (line,) = train_all(entries[:1], Path("runs/t"), 1, lambda line: None)
+    assert line == f"t.a.0: did not finish; {log} ends with\n  it went wrong"
+    assert log.read_bytes() == b"before\n" + bytes(9) + b"it went wrong"
+    (tmp_path / "trainer.py").write_text("raise SystemExit(1)")
+    (line,) = train_all(entries[:1], Path("runs/t"), 1, lambda line: None)
+    assert line.endswith("nothing: it printed no word")
+
+
+def test_what_another_process_trains_is_refused(entries: list[Entry]) -> None:
+    """Its lock is that of train.py; nothing is begun, and nothing written over."""
+    hold(entries[0].folder)
+    with pytest.raises(Refusal, match=r"^t.a.0: trained by another process now.*train.py runs/t/t.a.0.toml.*again$"):
+        train_all(entries, Path("runs/t"), 1, lambda line: None)
+    assert not events("begin") and not Path("runs/t").exists()
+    let_go(entries[0].folder)
+    assert train_all(entries[:1], Path("runs/t"), 1, lambda line: None) == []
 
 
 def test_a_run_at_a_time_on_each_device(entries: list[Entry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
