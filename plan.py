@@ -21,6 +21,7 @@ from settings import Refusal
 
 def main(arguments: argparse.Namespace) -> None:
     """Print what was asked for; raises Refusal where the run would be refused."""
+    check_flags(arguments)
     if arguments.flops is not None or arguments.hours is not None:
         print(*plan_budget(arguments), sep="\n")
     elif arguments.config is None:
@@ -66,6 +67,20 @@ def longest(arguments: argparse.Namespace) -> None:
     print(*what_speeds_mean(config, device), sep="\n")
 
 
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Refuse flags of which one would be passed over."""
+    is_budget = arguments.flops is not None or arguments.hours is not None
+    questions = {"--flops or --hours": is_budget, "--search": arguments.search, "--longest": arguments.longest}
+    asked = [flag for flag, is_given in questions.items() if is_given]
+    if len(asked) > 1:
+        raise Refusal(f"{' and '.join(asked)}: each asks something else; give one of them")
+    for name in ("coefficients", "unique_tokens"):
+        if getattr(arguments, name) is not None and not is_budget:
+            raise Refusal(f"--{name.replace('_', '-')}: belongs to a budget; give --flops or --hours with it")
+    if arguments.search is not None and arguments.ranks is not None:
+        raise Refusal(f"--ranks {arguments.ranks}: --search says how many ranks; leave one of them out")
+
+
 def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", nargs="?", help="a TOML file, for example configs/quickstart.toml")
@@ -80,7 +95,7 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--search", metavar="N", help="the fastest mesh of N ranks that fits; 1-N: of the fewest ranks")
     parser.add_argument("--flops", type=float, help="size, tokens, batch and rate for so many FLOPs, 6ND")
     parser.add_argument("--hours", type=float, help="the same for so many hours of --ranks devices")
-    parser.add_argument("--coefficients", default="epoch", help="of the scaling law: epoch, hoffmann, hoffmann_rounded")
+    parser.add_argument("--coefficients", help="of the scaling law: epoch (left out), hoffmann, hoffmann_rounded")
     parser.add_argument("--unique-tokens", type=float, help="so many there are; more are passes over the same")
     return parser.parse_intermixed_args(given)
 

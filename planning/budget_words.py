@@ -1,30 +1,31 @@
 """What to train for a budget, as text: what the law says, and overrides to paste behind a configuration."""
 
 import argparse
+import json
 import math
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from data.tokenizer import build_tokenizer
 from planning.budget import FITTED_FLOPS, STEP_LAW_SIZES, Budget, Sized, budget_of, for_hours, sized
 from planning.device import published, with_efficiency, with_rate
-from planning.given import choose, choose_ranks, in_nodes, what_speeds_mean
+from planning.given import choose, choose_ranks, in_nodes, vocabulary, what_speeds_mean
 from run.config import RunConfig, load_config
 from run.metrics import clock, short
 from scaling.repeats import HALF_LIFE, worth
-from scaling.sets import CoefficientSet, coefficient_set, step_law_rate
+from scaling.sets import DEFAULT_SET, CoefficientSet, coefficient_set, step_law_rate
 from settings import Refusal, to_dict
 
 
 def plan_budget(arguments: argparse.Namespace) -> Iterator[str]:
     """What to train; with a configuration, as large as that, and how long it takes. Raises Refusal."""
-    coefficients = coefficient_set(arguments.coefficients)
+    coefficients = coefficient_set(arguments.coefficients or DEFAULT_SET)
     check(arguments)
     if arguments.config is None:
         yield from _without_pattern(arguments, coefficients)
         return
     config = load_config(arguments.config, arguments.overrides)
-    vocab_size = build_tokenizer(config.data.tokenizer).vocab_size
+    vocab_size = vocabulary(config)
     num_ranks, device = choose_ranks(config, arguments.ranks), choose(config, arguments)
 
     def at(flops: float) -> Sized:
@@ -35,9 +36,10 @@ def plan_budget(arguments: argparse.Namespace) -> Iterator[str]:
     if flops is None:
         wanted = 3600 * arguments.hours
         flops = for_hours(wanted, wanted * num_ranks * device.rate, lambda flops: at(flops).seconds)
+    in_range(flops)
     found = at(flops)
     yield from in_words(found.budget, coefficients)
-    yield from _shape_in_words(config, found, vocab_size, f"{num_ranks} x {device.name}")
+    yield from _shape_in_words(arguments, config, found, f"{num_ranks} x {device.name}")
     yield from what_speeds_mean(found.config, device)
 
 
@@ -54,7 +56,15 @@ def _without_pattern(arguments: argparse.Namespace, coefficients: CoefficientSet
         speed = f"{short(device.rate)} FLOP/s each, {device.efficiency:.0%} of {short(device.peak)} ({device.source})"
         yield f"{arguments.hours:g} hours of {ranks} x {device.name} at {speed};"
         yield "with a configuration its own predicted speed is taken"
+    in_range(flops)
     yield from in_words(budget_of(flops, coefficients, arguments.unique_tokens), coefficients)
+
+
+def in_range(flops: float) -> None:
+    """Refuse what no run is made of."""
+    low, high = BUDGETS
+    if not low <= flops <= high:
+        raise Refusal(f"{flops:.3g} FLOPs: no budget of a run; give --flops (or --hours) for {low:g} to {high:g}")
 
 
 def in_words(budget: Budget, coefficients: CoefficientSet) -> Iterator[str]:
@@ -75,8 +85,8 @@ def in_words(budget: Budget, coefficients: CoefficientSet) -> Iterator[str]:
     yield "     (Step Law: Li et al. 2025, equation 1)"
     low, high = FITTED_FLOPS
     if not low <= budget.flops <= high:
-        by = low / budget.flops if budget.flops < low else budget.flops / high
-        yield f"  ! the law was fitted to runs of {low:g} to {high:g} FLOPs: this is {by:,.1f} times beyond"
+        by, side = (low / budget.flops, "below") if budget.flops < low else (budget.flops / high, "above")
+        yield f"  ! the law was fitted to runs of {low:g} to {high:g} FLOPs: this is {by:,.3g} times {side}"
     low, high = STEP_LAW_SIZES
     if not low <= N <= high:
         yield (
@@ -85,7 +95,7 @@ def in_words(budget: Budget, coefficients: CoefficientSet) -> Iterator[str]:
         )
 
 
-def _shape_in_words(config: RunConfig, found: Sized, vocab_size: int, where: str) -> Iterator[str]:
+def _shape_in_words(arguments: argparse.Namespace, config: RunConfig, found: Sized, where: str) -> Iterator[str]:
     model, size, before = found.config.model, found.size, config.model
     inner = size.active - size.embedding
     rate = step_law_rate(inner, found.budget.tokens)
@@ -105,16 +115,32 @@ def _shape_in_words(config: RunConfig, found: Sized, vocab_size: int, where: str
     if config.optimizer.kind != "adamw":
         yield f"  ! the rate is AdamW's; {config.optimizer.kind} wants its own"
     yield ""
-    yield " ".join(overrides_of(config, found.config, rate))
+    yield shlex.join(pasted(arguments, config, found.config, rate))
     yield ""
+
+
+def pasted(arguments: argparse.Namespace, config: RunConfig, given: RunConfig, rate: float) -> list[str]:
+    """What to write behind the command's own overrides, read again by the way that train.py goes."""
+    words = list(arguments.overrides)
+    plain = load_config(arguments.config, [*words, "scale=1"])  # the numbers of the file, which a scale would divide
+    told = ["scale=1"] if plain != config else []
+    told += overrides_of(plain, given, rate)
+    again = load_config(arguments.config, [*words, *told])
+    assert (again.model, again.total_tokens, again.context) == (given.model, given.total_tokens, given.context), told
+    return told
 
 
 def overrides_of(config: RunConfig, given: RunConfig, rate: float) -> list[str]:
     """What to write behind the file's name for it."""
     told = [f"optimizer.learning_rate={rate:.2e}"]
     before, after = dict(_numbers(to_dict(config))), dict(_numbers(to_dict(given)))
-    told += [f"{key}={value}" for key, value in after.items() if before.get(key) != value]
+    told += [f"{key}={_written(value)}" for key, value in after.items() if before.get(key) != value]
     return told + [f"{key}=none" for key in before if key not in after]
+
+
+def _written(value: Any) -> str:
+    """As an override has it."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -127,6 +153,10 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _numbers(inner, f"{key}.{number}")
     else:
         yield key, value
+
+
+BUDGETS = (1e9, 1e36)
+"""FLOPs of any run, from a few steps of a toy to beyond what there is."""
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -87,7 +87,7 @@ def published(name: str) -> Device:
     if path.suffix != ".toml":
         known = sorted(each.stem for each in FOLDER.glob("*.toml"))
         if name not in known:
-            raise Refusal(f"--device {name}: no numbers of such a device{nearest(name, known)} Or give a TOML file")
+            raise Refusal(f"--device {name}: no numbers of such a device{nearest(name, known)}; or give a TOML file")
         path = FOLDER / f"{name}.toml"
     return device_of(load(path, [], DeviceSettings), path.stem)
 
@@ -131,7 +131,7 @@ def this_device(device: torch.device, dtype: torch.dtype, rate: float | None = N
 
 def with_rate(device: Device, rate: float) -> Device:
     """The same device where a whole step reaches so many operations a second."""
-    if not 0 < rate < math.inf:  # nor NaN, which is neither
+    if not 1e3 <= rate <= 1e30:  # nor NaN, which is neither
         raise Refusal(f"--rate {rate:g}: give floating-point operations a second, such as 120e12")
     source = "given, of a whole step"
     return replace(device, peak=rate, shares=None, efficiency=1.0, source=source, ceilings=None)

@@ -74,11 +74,11 @@ class DeviceSettings(Section):
     """What torch calls it."""
     dtype: Literal["bf16", "fp16", "fp32"]
     """What products take."""
-    peak: PositiveFloat
+    peak: float = Field(ge=1e3, le=1e30)
     """Floating-point operations a second in `dtype`, as sold; of sparse products none."""
-    memory_gib: PositiveFloat
+    memory_gib: float = Field(gt=0, le=1e9)
     """As torch finds it."""
-    bandwidth: PositiveFloat
+    bandwidth: float = Field(ge=1e3, le=1e30)
     """Bytes a second between the device and its memory, as sold."""
     source: str = "as published"
     """Where `peak` is from."""

@@ -40,16 +40,24 @@ def choose_ranks(config: RunConfig, wanted: int | None) -> int:
 def look_at_data(config: RunConfig, *, is_wanted: bool) -> tuple[int, DocumentsOf, str]:
     """(size of the vocabulary, the documents of a stage's rows, and in words where they are from)."""
     if not is_wanted:
-        vocab_size = build_tokenizer(config.data.tokenizer).vocab_size
-        return vocab_size, whole_rows, "attention as if every row were one document"
+        return vocabulary(config), whole_rows, "attention as if every row were one document"
     try:
         batches = Batches(config.data, seed=config.seed)
     except Refusal as refusal:
+        vocabulary(config)
         raise Refusal(f"{refusal}\n(--no-data plans without, as if every row were one document)") from None
     for step in config.stages.first_steps():
         batches.check(demand_of(step, batches))
     documents_of = documents_in(batches, config)
     return batches.tokenizer.vocab_size, documents_of, "attention over documents as in each stage's first rows"
+
+
+def vocabulary(config: RunConfig) -> int:
+    """How many tokens there are; raises Refusal where the tokenizer is not there yet, with another to plan with."""
+    try:
+        return build_tokenizer(config.data.tokenizer).vocab_size
+    except Refusal as refusal:
+        raise Refusal(f"{refusal}\n(to plan before it is made: data.tokenizer='{{ kind = \"byte\" }}')") from None
 
 
 def choose(config: RunConfig, arguments: argparse.Namespace) -> Device:

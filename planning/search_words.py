@@ -33,6 +33,11 @@ def plan_search(arguments: argparse.Namespace) -> Iterator[str]:
         if len(numbers) > 1:
             yield f"{number} x {device.name}: nothing fits ({counted(search)})"
     else:
+        if not (search.timed or search.too_small):
+            raise Refusal(
+                f"--search {arguments.search}: this configuration divides among no mesh of so many ranks"
+                f" ({counted(search)}); try fewer, or larger tokens_per_step"
+            )
         raise Refusal(
             f"--search {arguments.search}: nothing fits in {FILL:.0%} of {gigabytes(device.memory or 0)}"
             f" ({counted(search)}); try more ranks, --search {numbers[-1]}-{16 * numbers[-1]}, offload=true, or a"

@@ -12,12 +12,13 @@ from scaling.fit import DELTA, STARTS, Fit, bootstrap, fit, intervals
 from scaling.laws import LAWS, Law
 from scaling.picture import draw
 from scaling.runs import FLOPS_PER_PARAMETER, Runs, read_csv
-from scaling.sets import DEFAULT_SET, SETS, advise, best_sizes, coefficient_set
+from scaling.sets import DEFAULT_SET, SETS, SMALLEST, advise, best_sizes, coefficient_set
 from settings import Refusal, nearest
 
 
 def main(arguments: argparse.Namespace) -> None:
-    arguments.act(arguments)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is no number is told as that
+        arguments.act(arguments)
 
 
 def show_fit(arguments: argparse.Namespace) -> None:
@@ -37,12 +38,21 @@ def show_fit(arguments: argparse.Namespace) -> None:
     for name, value in best.coefficients.items():
         told = "[{:.6g}, {:.6g}]".format(*ranges[name]) if name in ranges else ""
         print(f"  {name:<10} {value:<12.6g} {told}".rstrip())
-    if law.has_optimum:
-        for line in _optimum(best, runs):
-            print(line)
+    troubles = list(_troubles(best))
+    for line in troubles or (_optimum(best, runs) if law.has_optimum else ()):
+        print(line)
     if arguments.picture:
         draw(best, runs, thetas_BK, arguments.picture)
         print(f"picture: {arguments.picture}")
+
+
+def _troubles(best: Fit) -> Iterator[str]:
+    """Why the coefficients are no law that could be asked for advice."""
+    for name, value in best.coefficients.items():
+        if not np.isfinite(value):
+            yield f"! {name} is {value:g}: these runs do not tell it; add runs, or fit a law with fewer coefficients"
+        elif name in ("alpha", "beta", "alpha_N", "alpha_D") and value <= 0:
+            yield f"! {name} is not above 0: the loss of these runs does not fall with what it is the power of"
 
 
 def _optimum(best: Fit, runs: Runs) -> Iterator[str]:
@@ -56,11 +66,15 @@ def _optimum(best: Fit, runs: Runs) -> Iterator[str]:
             tokens = flops / FLOPS_PER_PARAMETER / size
             beyond = "  (beyond the runs)" if flops > runs.flops_R.max() else ""
             told = f"{size:8.3g} parameters, {tokens:8.3g} tokens, {tokens / size:6.1f} a parameter"
+            if min(size, tokens) < 1.1 * SMALLEST:
+                told = "no best size: the loss falls as far as one can look"
             yield f"  {flops:8.3g} FLOPs: {told}{beyond}"
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """Refuse what a fit cannot take, before it takes its time."""
+    if arguments.bootstrap == 1:
+        raise Refusal("--bootstrap 1: one draw has no interval; give 20 or more, or 0 for none")
     for name, least in (("drop_highest", 0), ("bootstrap", 0), ("starts", 1), ("seed", 0)):
         if getattr(arguments, name) < least:
             raise Refusal(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give {least} or more")
@@ -94,7 +108,7 @@ def _errors(best: Fit, runs: Runs) -> str:
 
 def _law(name: str) -> Law:
     if name not in LAWS:
-        raise Refusal(f"--law={name}: no such law{nearest(name, list(LAWS))}; known: {', '.join(LAWS)}")
+        raise Refusal(f"--law={name}: no such law{nearest(name, list(LAWS))}")
     return LAWS[name]
 
 

@@ -62,6 +62,8 @@ def check(law: Law, runs: Runs) -> None:
             f"these runs vary too little for {law.name!r}: of its {count} coefficients {len(inner) - rank} cannot be"
             " told apart from others; add runs of other sizes, tokens or expansions, or fit another law"
         )
+    if np.ptp(np.log(runs.loss_R)) < 1e-9:
+        raise Refusal(f"these {len(runs)} runs all have the loss {runs.loss_R[0]:g}: there is nothing to fit")
 
 
 def _drawn(law: Law, count: int, seed: int) -> Sequence[tuple[float, ...]]:

@@ -14,6 +14,8 @@ Column = np.ndarray
 """(R,) fp64, a number for each run."""
 FLOPS_PER_PARAMETER = 6
 """Training operations for a parameter and a token, without attention (Kaplan et al. 2020, section 2.1)."""
+LEAST, MOST = 1e-6, 1e40
+"""Of any number of a run."""
 NAMES: Mapping[str, tuple[str, ...]] = {
     "active": ("active", "active_parameters", "parameters", "n", "model size", "model_size", "params"),
     "total": ("total", "total_parameters"),
@@ -112,6 +114,8 @@ def _number(path: Path, line: int, column: str, word: str) -> float:
         number = float(word)
     except ValueError:
         number = math.nan
-    if not (math.isfinite(number) and number > 0):
+    if not LEAST <= number <= MOST:
+        if 0 < number < math.inf:
+            raise Refusal(f"{path}: line {line}: {column}={word!r} lies beyond {LEAST:g} to {MOST:g}: is that a run?")
         raise Refusal(f"{path}: line {line}: {column}={word!r} has to be a number above 0; mend or remove the line")
     return number

@@ -11,6 +11,8 @@ from scaling.runs import FLOPS_PER_PARAMETER, Runs
 from settings import Refusal
 
 DEFAULT_SET = "epoch"
+SMALLEST = 1e3
+"""Parameters, and tokens, below which no optimum is looked for."""
 GRID, ROUNDS = 60, 8
 """Of the search for an optimum: 60 sizes, then 60 between the neighbours of the best, to a width of 1e-9."""
 
@@ -128,7 +130,8 @@ def best_size(best: Fit, flops: float, expansion: float = 1.0) -> float:
 
 def best_sizes(law: Law, theta_K: np.ndarray, flops_B: np.ndarray, expansion: float = 1.0) -> np.ndarray:
     """The same for many budgets, (B,): a grid of sizes that closes in on the lowest loss, as laws have one valley."""
-    low_B, high_B = np.full(len(flops_B), np.log(1e3)), np.log(np.maximum(flops_B / FLOPS_PER_PARAMETER / 1e3, 2e3))
+    most_B = np.maximum(flops_B / FLOPS_PER_PARAMETER / SMALLEST, 2 * SMALLEST)
+    low_B, high_B = np.full(len(flops_B), np.log(SMALLEST)), np.log(most_B)
     for _ in range(ROUNDS):
         log_size_BG = np.linspace(low_B, high_B, GRID, axis=-1)
         size_R = np.exp(log_size_BG).ravel()

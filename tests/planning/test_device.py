@@ -30,7 +30,7 @@ def test_a_device_that_is_not_here_is_known_by_name() -> None:
     assert h200.shares == h100.shares and h200.links == h100.links, "it extends the other's file"
     assert (h200.best.product, h200.best.bandwidth) == (790e12, 4.3e12) and "measured" in h200.best.source
     for name in ("h20", "H200"):
-        with pytest.raises(Refusal, match=rf"--device {name}: .*h200'\? Or give a TOML file"):
+        with pytest.raises(Refusal, match=rf"--device {name}: .*h200'\?; or give a TOML file"):
             published(name)
 
 

@@ -76,6 +76,21 @@ def test_a_law_of_experts_is_drawn_for_each_expansion(tmp_path: Path) -> None:
     assert (tmp_path / "fit.png").stat().st_size > 10_000
 
 
+def test_what_is_no_law_is_said_and_gives_no_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rising.csv"
+    lines = [f"{2.0**n * 1e6},{(n % 3 + 1) * 1e8},{2 + 0.2 * n + 0.01 * (n % 3)}" for n in range(9)]
+    path.write_text("\n".join(["n,d,loss", *lines]))
+    main(parse_arguments(["fit", str(path), "--starts", "30", "--bootstrap", "0"]))
+    said = capsys.readouterr().out
+    assert "! alpha is not above 0" in said and "least loss" not in said
+    path.write_text("\n".join(["n,d,loss", *(line.rpartition(",")[0] + ",2.5" for line in lines)]))
+    with pytest.raises(Refusal, match=r"these 9 runs all have the loss 2.5"):
+        main(parse_arguments(["fit", str(path)]))
+    path.write_text("n,d,loss\n1e308,1e9,2\n")
+    with pytest.raises(Refusal, match="line 2: n='1e308' lies beyond"):
+        main(parse_arguments(["fit", str(path)]))
+
+
 @pytest.mark.skipif(
     "LONGMOE_EPOCH_RUNS" not in os.environ, reason="LONGMOE_EPOCH_RUNS names no file of Epoch's 245 runs"
 )
