@@ -5,12 +5,11 @@ measures grow with each of these numbers, so that a search by halves finds the n
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Self
 
-import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
 from comparison.resize import LARGEST, Vary, least, number_of, numbers_of, resized, unit_of
@@ -25,7 +24,7 @@ from settings import Refusal, Section
 Measure = Literal["active", "flops", "total", "seconds"]
 MEASURES: Mapping[Measure, str] = {
     "active": "parameters that a token meets",
-    "flops": "operations of all tokens, attention included",
+    "flops": "operations of all tokens",
     "total": "parameters",
     "seconds": "seconds of training",
 }
@@ -35,8 +34,6 @@ FORMS: Mapping[Measure, Callable[[float], str]] = {
     "total": short,
     "seconds": clock,
 }
-REACH = 2.0
-"""How many times larger or smaller the next size that is timed may be."""
 Pace = tuple[float, ...]
 """For each stage, a step's measured time over the planned one; empty: the plan is taken at its word."""
 
@@ -57,8 +54,8 @@ class MatchSettings(Section):
     """Those that are made alike; left out, all others."""
     multiple_of: PositiveInt = 8
     """Of widths: what they have to be a multiple of."""
-    tolerance: float = Field(default=0.02, gt=0, lt=1)
-    """How far from alike the measure may be; farther is refused."""
+    tolerance: float | None = Field(default=None, gt=0, lt=1)
+    """How far from alike the measure may be; farther is refused. Left out, 0.02; of seconds, which are timed, 0.05."""
 
     @model_validator(mode="after")
     def _grows_with_it(self) -> Self:
@@ -66,6 +63,11 @@ class MatchSettings(Section):
         if "experts" in varied and self.by != "total":
             raise ValueError(f"vary='experts' hardly moves by={self.by!r}; vary 'inner', or set by='total'")
         return self
+
+    @property
+    def most_off(self) -> float:
+        """The tolerance."""
+        return self.tolerance or (0.05 if self.by == "seconds" else 0.02)
 
     def varied(self, arm: str) -> Vary:
         """What is changed of an arm."""
@@ -147,8 +149,9 @@ class Matched:
                 mark = "alike    "
             form = FORMS[measure_name]
             told = f"{form(ours):>8} to {form(theirs):>8}  {ours / theirs - 1:+.1%}"
-            how = (", as timed" if self.notes else ", as planned") if measure_name == "seconds" else ""
-            yield f"  {mark} {MEASURES[measure_name] + how:<45} {told}"
+            seconds = ", as timed" if self.notes else ", as planned"
+            how = {"seconds": seconds, "flops": ", each row as one document"}.get(measure_name, "")
+            yield f"  {mark} {MEASURES[measure_name] + how:<50} {told}"
         yield from (f"  {note}" for note in self.notes)
 
 
@@ -203,72 +206,33 @@ class Search:
     def check(self, found: RunConfig, target: float) -> None:
         """Raises Refusal where it is farther off than it may be."""
         off = self.value_of(found) / target - 1
-        if abs(off) > self.settings.tolerance:
-            others = " or ".join(repr(each) for each in LARGEST if each != self.vary)
-            raise Refusal(
-                f"{self.where}: with {self.vary} {number_of(found, self.vary)}, the nearest, its "
-                f"{MEASURES[self.settings.by]} are {off:+.1%} off those of {self.settings.to!r}; set "
-                f"match.tolerance={abs(off) * 1.01:.3f}, a smaller match.multiple_of, or vary {others} instead"
-            )
+        if abs(off) > self.settings.most_off:
+            raise Refusal(f"{self.told(found, off)}; {self.ways_out(abs(off))}")
+
+    def told(self, found: RunConfig, off: float) -> str:
+        """How far off the nearest is."""
+        return (
+            f"{self.where}: with {self.vary} {number_of(found, self.vary)}, the nearest, its "
+            f"{MEASURES[self.settings.by]} are {off:+.1%} off those of {self.settings.to!r}"
+        )
+
+    def ways_out(self, off: float) -> str:
+        """What can be set where the nearest is so far off, of what may be set."""
+        needed, by = math.ceil(off * 1000 + 1e-6) / 1000, self.settings.by
+        ways = [f"match.tolerance={needed:g}"] if needed < 1 else []
+        if self.settings.multiple_of > 1 and self.vary in {"inner", "width"}:
+            ways.append("a smaller match.multiple_of")
+        model = self.config.model
+        has_experts = model.moe is not None and model.num_dense_layers < model.num_layers
+        others = [each for each in LARGEST if each != self.vary]
+        allowed = [repr(each) for each in others if each != "experts" or (by == "total" and has_experts)]
+        return f"set {', '.join([*ways, f'match.vary={allowed[0]}'])}{''.join(f' or {each}' for each in allowed[1:])}"
 
     def matched(self, found: RunConfig, other: Measures) -> Matched:
         before, after = numbers_of(self.config), numbers_of(found)
         changed = {key: (before[key], after[key]) for key in after}
         measures = measure(found, self.device, self.pace(found))
         return Matched(found, self.settings.to, self.settings.by, changed, measures, other)
-
-
-def timed_match(  # noqa: PLR0917 (as match, and the clock)
-    config: RunConfig,
-    other: RunConfig,
-    settings: MatchSettings,
-    device: Device,
-    where: str,
-    time_steps: Callable[[RunConfig], Sequence[float]],
-    rounds: int = 4,
-) -> Matched:
-    """As `match`, by plans held against timed steps: each size that is found is timed, and mends what the plan says.
-
-    time_steps: a step's seconds in each stage. Ends with a size that was timed within the tolerance, or after so many.
-    """
-    vary, there = settings.varied(where), time_steps(other)
-    measures = measure(other, device, _pace(other, device, there))
-    paces = {number_of(config, vary): _pace(config, device, time_steps(config))}
-    search = Search(config, settings, device, where, lambda run: _pace_at(number_of(run, vary), paces))
-    found, off, turn = config, math.inf, 0
-    while abs(off) > settings.tolerance and turn < rounds:
-        turn, last = turn + 1, number_of(found, vary)
-        # The plan may be far from the truth far from what was timed.
-        found = search.nearest(measures.seconds, (last / REACH, last * REACH))
-        again, beside = time_steps(found), time_steps(other)
-        # Both are timed in turn: a machine that others slow down for a while slows both.
-        slower = planned_seconds(other, device, _pace(other, device, beside)) / measures.seconds
-        paces[number_of(found, vary)] = tuple(each / slower for each in _pace(found, device, again))
-        off = search.value_of(found) / measures.seconds - 1
-    is_near = abs(off) <= settings.tolerance
-    notes = (
-        f"seconds are measured: median steps of {_told(beside)} ({settings.to}) and {_told(again)} ({where}), by stage",
-        f"timed again at the size that was found, in round {turn}: {off:+.1%} off"
-        + ("" if is_near else f", beyond match.tolerance={settings.tolerance:g}"),
-    )
-    return replace(search.matched(found, measures), notes=notes)
-
-
-def _pace(config: RunConfig, device: Device, steps: Sequence[float]) -> Pace:
-    planned = stage_seconds(config, device)
-    return tuple(step * stage.num_steps / each for step, each, stage in zip(steps, planned, config.stages, strict=True))
-
-
-def _pace_at(number: int, paces: Mapping[int, Pace]) -> Pace:
-    """Between numbers that were timed in proportion, beyond them that of the last."""
-    known = sorted(paces)
-    return tuple(
-        float(np.interp(number, known, [paces[each][stage] for each in known])) for stage in range(len(paces[known[0]]))
-    )
-
-
-def _told(steps: Sequence[float]) -> str:
-    return ", ".join(f"{step * 1000:.3g} ms" for step in steps)
 
 
 def _nearest(value_of: Callable[[int], float], target: float, low: int, high: int) -> int:

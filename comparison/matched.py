@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from pydantic import Field
 
 from comparison.clock import device_for, time_steps
 from comparison.crossed import ArmPlan
-from comparison.match import Matched, MatchSettings, Measures, match, timed_match
+from comparison.match import Matched, MatchSettings, Measures, match
 from comparison.resize import with_numbers
+from comparison.timed import timed_match
 from context.stages import StageSettings
 from data.tokenizer import TokenizerSettings
 from model.transformer import ModelSettings
@@ -64,6 +65,16 @@ class Found(Section):
     def new_numbers(self) -> dict[str, int]:
         return {key: new for key, (_, new) in self.numbers.items()}
 
+    def under(self, basis: Basis) -> "Found":
+        """The same where nothing but the tolerance is another one, and this is near enough under it."""
+        by = basis.match.by
+        off = abs(self.measures.of(by) / self.other.of(by) - 1)
+        free = self.basis.model_copy(
+            update={"match": self.basis.match.model_copy(update={"tolerance": basis.match.tolerance})}
+        )
+        is_same = free == basis and off <= basis.match.most_off
+        return self.model_copy(update={"basis": basis}) if is_same else self
+
     def matched(self, config: RunConfig) -> Matched:
         """Of the run as it was, with how it was matched."""
         return Matched(
@@ -108,6 +119,7 @@ class Matching:
         """
         key, basis = f"{base}/{plan.name}", Basis(match=self.settings, arm=Side.of(config), to=Side.of(other))
         known = self.found.get(key) or self.kept.get(key)
+        known = known and known.under(basis)
         if known is not None and known.basis != basis and has_begun():
             lines = differences(known.basis, basis)
             raise Refusal(
@@ -116,6 +128,8 @@ class Matching:
             )
         if known is None or known.basis != basis:
             known = self._search(plan.arm, config, other, basis)
+            if self.settings.by == "seconds":  # timed again, it would have another size: what was shown is what trains
+                keep({key: known}, self.folder)
         self.found[key] = known
         return known
 
@@ -123,6 +137,8 @@ class Matching:
         device = device_for(other)
         if self.settings.by == "seconds":
             made = timed_match(config, other, self.settings, device, arm, partial(time_steps, threads=self.threads))
+            kept = f"kept in {self.folder / FILE}; until training begins, remove it to time anew"
+            made = replace(made, notes=(*made.notes, kept))
         else:
             made = match(config, other, self.settings, device, arm)
         return Found(

@@ -1,5 +1,6 @@
 """Arms are made alike by each measure and each number, by what others count; what cannot be is refused with the way."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,10 @@ def test_what_comes_not_near_enough_is_refused(device: Device) -> None:
         Refusal, match=r"moe: with inner \d+, the nearest, .* off those of 'dense'; set match\.tolerance="
     ):
         match(config(), dense, MatchSettings(to="dense", multiple_of=200, tolerance=0.001), device, "moe")
+    with pytest.raises(Refusal, match=r"'dense'; set a smaller match\.multiple_of, match\.vary='width' or 'depth'$"):
+        match(config(), dense, MatchSettings(to="dense", multiple_of=100000), device, "moe")
+    with pytest.raises(Refusal, match=r"; set match\.tolerance=0\.\d+, match\.vary='inner' or 'width' or 'experts'$"):
+        match(config(), dense, MatchSettings(to="dense", by="total", vary="depth", tolerance=1e-9), device, "moe")
     with pytest.raises(Refusal, match="this arm has no experts; vary 'inner'"):
         match(dense, config(), MatchSettings(to="moe", by="total", vary="experts"), device, "dense")
     with pytest.raises(ValueError, match="vary='experts' hardly moves by='active'; vary 'inner'"):
@@ -115,7 +120,14 @@ def test_any_two_models_are_made_alike_or_it_is_refused(
         found = match(ours, theirs, asked, published("h100"), "here")
     except Refusal as refusal:
         text = str(refusal)
-        assert "this arm has no experts" in text or ("here: with " in text and "match.tolerance=" in text), text
+        assert "this arm has no experts" in text or ("here: with " in text and "match.vary=" in text), text
+        advised = re.search(r"match\.tolerance=([\d.]+)", text)
+        assert ("experts" in text.partition("match.vary=")[2]) <= (how[0] == "total")
+        assert ("a smaller match.multiple_of" in text) == (unit > 1 and how[1] in {"inner", "width"})
+        if advised:
+            again = asked.model_copy(update={"tolerance": float(advised[1])})
+            MatchSettings(**again.model_dump())
+            match(ours, theirs, again, published("h100"), "here")
         return
 
     def size(one: RunConfig) -> float:

@@ -9,11 +9,12 @@ import pytest
 import compare
 from comparison import launch, matched
 from comparison.arms import Entry, expand, matched_lines, read_arms
-from comparison.match import MatchSettings, match, measure, timed_match
+from comparison.match import MatchSettings, match, measure
 from comparison.matched import FILE
+from comparison.timed import timed_match
 from planning.device import published
 from run.config import RunConfig
-from settings import Refusal
+from settings import Refusal, to_toml
 from tests.comparison.test_launch import TRAINER
 from tests.words import write_words
 
@@ -118,15 +119,19 @@ def test_a_comparison_goes_on_with_the_sizes_that_it_began_with(path: Path, caps
     for folder in Path("runs").glob("t.*"):
         shutil.rmtree(folder)
     assert runs(path)["t.a.5.moe"].config.model.moe.expert_width == 33  # type: ignore[union-attr]
-    for override in ("match.by='flops'", "match.tolerance=0.5", "every.model.width=32"):
+    for override in ("match.by='flops'", "every.model.width=32"):
         assert runs(path, override)["t.a.3.moe"].config.model.moe.expert_width != 33  # type: ignore[union-attr]
-    folder = Path("runs/t.a.5.moe")
+    before, folder = runs(path)["t.a.5.moe"], Path("runs/t.a.5.moe")
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 64}\n')
     with pytest.raises(
         Refusal, match=r"(?s)matched.json: moe on a was matched for other settings.*match.by.*another --name"
     ):
         runs(path, "match.by='flops'")
+    (folder / "config.toml").write_text(to_toml(before.config))
+    assert runs(path, "match.tolerance=0.5")["t.a.5.moe"].config == before.config, "nothing of it has another size"
+    with pytest.raises(Refusal, match=r"(?s)was matched for other settings.*match.tolerance: .* -> 0.0001"):
+        runs(path, "match.tolerance=0.0001")
     kept.write_text("{")
     with pytest.raises(Refusal, match=r"matched.json is damaged or of another version: put a good copy back"):
         runs(path)
@@ -167,18 +172,43 @@ def test_seconds_are_those_of_timed_steps(path: Path, slowing: float) -> None:
 
     found = runs(path)
     dense, moe = found["t.a.3.dense"].config, found["t.a.3.moe"].config
-    settings = MatchSettings(to="dense", by="seconds", multiple_of=1)
+    settings = MatchSettings(to="dense", by="seconds", multiple_of=1, tolerance=0.02)
     made = timed_match(moe, dense, settings, published("h100"), "moe", clock, rounds=9)
     assert asked[:2] == [None, 31] and asked[-1] is None and asked[-2] in (49, 50, 51) and len(asked) > 4
     assert made.config.model.moe is not None and made.config.model.moe.expert_width == asked[-2]
     assert made.notes[0].startswith("seconds are measured: median steps of ") and "(dense) and" in made.notes[0]
-    assert "timed again at the size that was found, in round" in made.notes[1] and "beyond" not in made.notes[1]
+    assert "timed again at the size that was found, in round" in made.notes[1]
     assert any("matched   seconds of training, as timed" in line for line in made.lines("moe"))
     asked.clear()
-    once = timed_match(moe, dense, settings, published("h100"), "moe", clock, rounds=1)
-    assert "beyond match.tolerance=0.02" in once.notes[1]
     plain = match(moe, dense, settings, published("h100"), "moe")
-    assert measure(plain.config, published("h100")).seconds != once.measures.seconds
+    assert measure(plain.config, published("h100")).seconds != made.measures.seconds
+
+
+def test_what_takes_another_time_is_refused(path: Path) -> None:
+    """A clock by which an arm takes twice as long as the other whatever its width, once the other has been timed."""
+    found = runs(path)
+    dense, moe = found["t.a.3.dense"].config, found["t.a.3.moe"].config
+    times = iter([50.0, 50.0, *([100.0, 50.0, 100.0, 60.0] * 2)])
+    settings = MatchSettings(to="dense", by="seconds", multiple_of=1)
+    with pytest.raises(Refusal, match=r"as timed in round 4 of 4, and steps of 'dense' itself differ by 20.0% from"):
+        timed_match(moe, dense, settings, published("h100"), "moe", lambda config: [next(times)])
+
+
+def test_a_size_that_was_timed_is_kept_when_it_is_shown(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+
+    def clock(config: RunConfig, threads: int) -> list[float]:
+        timed.append(config.name)
+        moe = config.model.moe
+        return [moe.expert_width if moe and not config.model.num_dense_layers else 50.0]
+
+    monkeypatch.setattr(matched, "time_steps", clock)
+    words = [str(path), "--name=t", "--show", "match.by='seconds'"]
+    compare.main(compare.parse_arguments(words))
+    assert timed and "runs/t/matched.json" in str(json.loads((Path("runs/t") / FILE).read_text()))
+    timed.clear()
+    compare.main(compare.parse_arguments(words))
+    assert not timed, "it is taken as it was shown"
 
 
 def test_an_arm_of_a_sweep_is_matched_to_the_other_of_its_cell(path: Path) -> None:
