@@ -56,7 +56,8 @@ def steps(text: str | None) -> list[Step]:
         Step("checkpoints", (*module, "benchmarks.checkpoints", "--keep"), 6),
     ]
     if text is not None:
-        shards = f"every.data.sources.text.shards={json.dumps(str(Path(text).resolve()))}"
+        path = json.dumps(str(Path(text).resolve()))
+        shards = f'every.data.sources.text={{ kind = "shards", path = {path}, weight = 0.9 }}'
         found.append(Step("compare", (PYTHON, "compare.py", COMPARISON, shards), 60))
     return found
 
@@ -121,7 +122,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/gpu"), help="where logs lie")
     parser.add_argument("--minutes", type=float, help="after which this call ends")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="of the steps that --list names")
-    parser.add_argument("--text", help="shards (`python -m data prepare TEXT DIR`) to compare dense and MoE on")
+    parser.add_argument("--text", help="shards of bytes, by `python -m data prepare`, to compare dense and MoE on")
     parser.add_argument("--list", action="store_true", help="say what would run")
     return parser.parse_args()
 
